@@ -1,0 +1,39 @@
+# Needs Python 3.11 or newer, make and a package index; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+demo: .venv/installed ## Train, quantize, export and measure a small network; report in demo-output/
+	$(BIN)/slimgraph demo --out demo-output
+
+test: .venv/installed ## Run the fast tests
+	$(BIN)/pytest -n 2
+
+test-all: .venv/installed ## Run all tests, the slow ones too
+	$(BIN)/pytest -n 2 -m ""
+
+lint: .venv/installed ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/installed ## Run every benchmark; the results in docs/benchmarks.md come from these
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean: ## Remove the environment, caches and results
+	rm -rf .venv demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an installation that was interrupted is taken up again.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer. Name one that is, for example: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up .venv; the first time takes some minutes."
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
