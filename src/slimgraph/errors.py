@@ -1,0 +1,66 @@
+"""The errors that slimgraph raises on purpose."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SlimgraphError(Exception):
+    """Something given by the user cannot be used; the message says what, where, and what to do."""
+
+
+class CaptureError(SlimgraphError):
+    """A module could not be captured as a program."""
+
+
+class ProgramError(SlimgraphError):
+    """A program is not valid, or an operation does not apply to it."""
+
+
+class ModelLoadError(SlimgraphError):
+    """A model file is missing, damaged, foreign, newer than this library, or unsafe to read."""
+
+
+class UnknownNameError(SlimgraphError):
+    """A layer, value, target, metric or algorithm of this name does not exist."""
+
+
+class ConfigError(SlimgraphError):
+    """An option or a configuration value is not one that can be used."""
+
+
+class DataError(SlimgraphError):
+    """Input data does not fit the program, or cannot be read."""
+
+
+class CalibrationError(SlimgraphError):
+    """The calibration data leave a range undefined: no batch, NaN, infinity."""
+
+
+class ExportError(SlimgraphError):
+    """A program cannot be written in the wanted form, or what was written does not agree with it."""
+
+
+class OutputError(SlimgraphError):
+    """A file or a directory could not be written."""
+
+
+class MissingExtraError(SlimgraphError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
+    """Sentence that offers the existing names nearest to a wrong one.
+
+    >>> closest("con1", ["conv1", "fc"])
+    'Closest: conv1.'
+    >>> closest("zzz", ["conv1", "fc"])
+    'Existing: conv1, fc.'
+    """
+    existing = sorted(set(names))
+    matches = get_close_matches(name, existing, n=limit, cutoff=0.5)
+    if matches:
+        return f"Closest: {', '.join(matches)}."
+    if not existing:
+        return "None exists."
+    shown = ", ".join(existing[:limit])
+    return f"Existing: {shown}{', …' if len(existing) > limit else ''}."

@@ -1,0 +1,212 @@
+"""Capture a module as a program by `torch.export`."""
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from slimgraph.errors import CaptureError, ConfigError, closest
+from slimgraph.program.flatten import flatten, key_name
+from slimgraph.program.names import name_captured_graph
+from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.stochastic import restore_training_behaviour
+
+BATCH = "batch"
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Program:
+    """A program that computes what `module` computes in evaluation mode, and trains as it trains.
+
+    The first axis is free wherever the module allows it, also when the example has one sample; where it does not, the
+    first line of the history says why. The module is left as it was.
+
+    Args:
+        module: what to capture.
+        example_inputs: a tensor, a sequence in the order of `forward`, or a mapping by argument name. Arguments that are
+            not tensors become constants.
+        dynamic: further free axes by argument name: `{"x": {2: "height", 3: "width"}}`. Axes of one name have one size.
+    Raises:
+        CaptureError: `torch.export` cannot follow the module; the message has the line of code and the reason.
+        ConfigError: `dynamic` speaks of an input or an axis that does not exist.
+
+    >>> program = capture(nn.Linear(4, 2), torch.zeros(1, 4))
+    >>> print(program.signature)
+    (input: float32[batch, 4]) -> (output: float32[batch, 2])
+    """
+    if not isinstance(module, nn.Module):
+        raise CaptureError(f"capture takes a torch.nn.Module, but got a {type(module).__name__}.")
+    call = _Call.of(module, example_inputs)
+    requested = _requested_axes(call, dynamic or {})
+    with _evaluation_mode(module), torch.no_grad():
+        program, reason = _with_free_batch(module, call, requested)
+    lost = restore_training_behaviour(program, module)
+    parameters: dict[str, Json] = {"module": f"{type(module).__module__}.{type(module).__qualname__}", "torch": torch.__version__}
+    if reason:
+        parameters["batch_is_fixed_because"] = reason
+    if lost:
+        parameters["lost_in_training"] = list[Json](lost)
+    program.history = (HistoryEntry(step="capture", parameters=parameters),)
+    return program
+
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Arguments of one call of a module, and the tensors in them by flat name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: tuple[str, ...]
+    """Argument names of `args`, as torch.export counts them."""
+
+    @staticmethod
+    def of(module: nn.Module, inputs: Any) -> "_Call":
+        signature = inspect.signature(module.forward)
+        positional = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        try:
+            bound = signature.bind(*positional, **(dict(inputs) if isinstance(inputs, Mapping) else {}))
+        except TypeError as error:
+            raise CaptureError(
+                f"The example inputs do not fit {type(module).__name__}.forward{signature}: {error}. "
+                "Give a tensor, a sequence in that order, or a mapping by argument name."
+            ) from error
+        in_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        names = tuple(name for name in bound.arguments if signature.parameters[name].kind in in_order)
+        return _Call(bound.args, bound.kwargs, names)
+
+    def named(self) -> dict[str, Any]:
+        """Arguments by name, in order; all that `*args` takes is one tuple."""
+        ordered: dict[str, Any] = {}
+        for index, name in enumerate(self.names):
+            takes_rest = index == len(self.names) - 1 and len(self.args) > len(self.names)
+            ordered[name] = self.args[index:] if takes_rest else self.args[index]
+        return {**ordered, **self.kwargs}
+
+    def tensors(self) -> dict[str, Tensor]:
+        leaves = pytree.tree_flatten_with_path(self.named())[0]
+        return {key_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+    def batched(self) -> list[str]:
+        """Names of the tensors whose first axis counts samples: as many as the first tensor has."""
+        tensors = {name: tensor for name, tensor in self.tensors().items() if tensor.dim()}
+        samples = next((len(tensor) for tensor in tensors.values()), 0)
+        return [name for name, tensor in tensors.items() if len(tensor) == samples and samples]
+
+    def with_samples(self, count: int) -> "_Call":
+        """The same call with the first samples of its batched tensors, repeated as needed."""
+        batched = {id(tensor) for name, tensor in self.tensors().items() if name in self.batched()}
+
+        def resize(leaf: Any) -> Any:
+            if id(leaf) not in batched:
+                return leaf
+            return leaf.repeat(-(-count // len(leaf)), *[1] * (leaf.dim() - 1))[:count].contiguous()
+
+        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
+        return _Call(args, kwargs, self.names)
+
+
+def _requested_axes(call: _Call, dynamic: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
+    tensors = call.tensors()
+    requested = {}
+    for name, axes in dynamic.items():
+        if name not in tensors:
+            raise ConfigError(f"dynamic names the input {name!r}, which is no tensor of the example. {closest(name, tensors)}")
+        for axis, free in axes.items():
+            if not 0 <= axis < tensors[name].dim():
+                raise ConfigError(f"dynamic[{name!r}] names axis {axis}, but the example has {tensors[name].dim()} axes.")
+            requested[name, axis] = free
+    return requested
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _with_free_batch(module: nn.Module, call: _Call, requested: dict[tuple[str, int], str]) -> tuple[Program, str]:
+    """The program, and why its batch is fixed ("" where it is free)."""
+    batched = {(name, 0): BATCH for name in call.batched()}
+    if batched.keys() <= requested.keys():
+        return _traced(module, call, requested), ""
+    try:
+        # One sample is a size of its own to the tracer (broadcasting), two stand for any number.
+        two = call if len(next(iter(call.tensors().values()))) > 1 else call.with_samples(2)
+        program = _traced(module, two, batched | requested)
+        for samples in (1, 3):
+            _compare(program, module, call.with_samples(samples))
+        return program, ""
+    except CaptureError as error:
+        return _traced(module, call, requested), str(error)
+
+
+def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], str]) -> Program:
+    dims = {name: torch.export.Dim(name) for name in free_axes.values()}
+
+    def shape_of(path: Any, leaf: Any) -> Any:
+        name = key_name(path)
+        return {axis: dims[free] for (owner, axis), free in free_axes.items() if owner == name} or None
+
+    shapes = pytree.tree_map_with_path(shape_of, call.named())
+    try:
+        exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # whatever the user's code raises, and a dozen unrelated classes of torch.export's own
+        raise CaptureError(f"{type(module).__name__} cannot be captured{_place(error)}: {_summary(error)}") from error
+    program = flatten(exported, free_axes)
+    leaves = {name for name, part in module.named_modules() if not any(part.children())}
+    name_captured_graph(program.graph, leaves)
+    _compare(program, module, call)
+    return program
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an error arose: the innermost frame that is neither PyTorch's nor ours."""
+    elsewhere = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(elsewhere)]
+    return f", because of {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+
+
+def _summary(error: BaseException) -> str:
+    """The first paragraph of an error; torch.export adds pages of advice about its own internals."""
+    paragraph = str(error).strip().split("\n\n")[0]
+    return " ".join(paragraph.split())[:600] or type(error).__name__
+
+
+def _compare(program: Program, module: nn.Module, call: _Call) -> None:
+    """Raise unless the program computes what the module computes."""
+    expected = [leaf for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs)) if isinstance(leaf, Tensor)]
+    try:
+        got = pytree.tree_leaves(program(**call.tensors()))
+    except RuntimeError as error:
+        sizes = [list(tensor.shape) for tensor in call.tensors().values()]
+        raise CaptureError(f"The captured program does not run on inputs of shape {sizes}: {_summary(error)}") from error
+    for spec, wanted, found in zip(program.signature.outputs, expected, got, strict=True):
+        if wanted.shape != found.shape:
+            raise CaptureError(f"Output {spec.name!r} has shape {list(found.shape)} instead of {list(wanted.shape)}.")
+        difference = (wanted.double() - found.double()).abs().max().item() if wanted.numel() else 0.0
+        reach = wanted.double().abs().max().item() if wanted.numel() else 0.0
+        if difference > 1e-3 * reach + 1e-6:
+            raise CaptureError(
+                f"Output {spec.name!r} of the captured program differs from the module's by {difference:.3g} "
+                f"(the largest value is {reach:.3g}): the module computes differently from call to call, or "
+                "changes a tensor in place through a view."
+            )

@@ -1,0 +1,173 @@
+"""The small vocabulary of graph edits that every pass is written in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimgraph.errors import ProgramError
+from slimgraph.program.names import layer_of, set_names, unused, values_of
+from slimgraph.program.program import Program
+
+TRAINING_FLAG = "training"
+"""Target of the node that reads `graph_module.training` at run time.
+
+Batch norm and dropout take that node as their flag, so `train()` and `eval()` need no rewriting of code: rewriting and
+recompiling is lost on a module that Accelerate has prepared for mixed precision (tried on PyTorch 2.13).
+"""
+
+# Position of the flag among the arguments of the operators that have one.
+_FLAG_POSITION = {
+    torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.instance_norm.default: 5,
+    torch.ops.aten.dropout.default: 2,
+    torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.alpha_dropout.default: 2,
+    torch.ops.aten.feature_alpha_dropout.default: 2,
+    torch.ops.aten.rrelu.default: 3,
+}
+
+
+def finish(program: Program) -> Program:
+    """Drop what no output needs, check the graph's form, and compile it; returns the same program."""
+    graph_module = program.graph_module
+    graph_module.graph.eliminate_dead_code()
+    _drop_unused_tensors(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return program
+
+
+def _drop_unused_tensors(graph_module: fx.GraphModule) -> None:
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    # num_batches_tracked is read by no operator of an evaluation graph, but belongs to the batch norm that is.
+    norms = {name.rpartition(".")[0] for name in used if name.endswith(".running_mean")}
+    named = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
+    named += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
+    for name in named:
+        path, _, attribute = name.rpartition(".")
+        if name not in used and not (attribute == "num_batches_tracked" and path in norms):
+            delattr(graph_module.get_submodule(path), attribute)
+    _drop_empty_modules(graph_module)
+
+
+def _drop_empty_modules(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        _drop_empty_modules(child)
+        if not any(True for _ in (*child.parameters(), *child.buffers(), *child.children())):
+            delattr(module, name)
+
+
+def tensor_named(graph_module: fx.GraphModule, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name."""
+    path, _, attribute = name.rpartition(".")
+    tensor = getattr(graph_module.get_submodule(path), attribute)
+    if not isinstance(tensor, Tensor):
+        raise ProgramError(f"{name!r} is a {type(tensor).__name__}, not a tensor.")
+    return tensor
+
+
+def constant_of(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a node reads from the module, or None where the node is anything else."""
+    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target != TRAINING_FLAG:
+        return tensor_named(graph_module, str(node.target))
+    return None
+
+
+def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor, *, trainable: bool | None = None) -> None:
+    """Put a tensor under a qualified name, as a parameter or a buffer, replacing what stood there.
+
+    Args:
+        trainable: True makes a parameter, False a buffer; None keeps the kind of the tensor that it replaces.
+    """
+    path, _, attribute = name.rpartition(".")
+    owner: nn.Module = graph_module
+    for part in path.split(".") if path else []:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        child = owner._modules[part]
+        assert child is not None
+        owner = child
+    if trainable is None:
+        trainable = attribute in owner._parameters
+    requires_grad = tensor.requires_grad if attribute not in owner._parameters else owner._parameters[attribute].requires_grad  # type: ignore[union-attr]
+    if hasattr(owner, attribute):
+        delattr(owner, attribute)
+    if trainable:
+        owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad or tensor.is_floating_point()))
+    else:
+        owner.register_buffer(attribute, tensor.detach())
+
+
+def read_tensor(program: Program, name: str, tensor: Tensor, *, trainable: bool = False) -> fx.Node:
+    """A node that reads a new tensor, stored under `name`; it stands before the first operator."""
+    set_tensor(program.graph_module, name, tensor, trainable=trainable)
+    with at_start(program.graph):
+        return program.graph.get_attr(name)
+
+
+@contextmanager
+def at_start(graph: fx.Graph) -> Iterator[None]:
+    """Insert nodes before the first operator, behind the inputs."""
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        yield
+
+
+def insert_after(node: fx.Node, target: Any, args: tuple[Any, ...], *, value: str, layer: str | None = None) -> fx.Node:
+    """A new operator right behind `node`, with a name that is free; the users of `node` stay as they are."""
+    with node.graph.inserting_after(node):
+        new = node.graph.call_function(target, args)
+    set_names(new, layer=layer_of(node) if layer is None else layer, value=unused(value, values_of(node.graph.nodes)))
+    if "val" in node.meta:
+        new.meta["val"] = node.meta["val"]
+    return new
+
+
+def replace_uses(node: fx.Node, new: fx.Node, *, but: tuple[fx.Node, ...] = ()) -> None:
+    """Let everything that reads `node` read `new`, except `new` itself and the nodes in `but`."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and user not in but)
+
+
+def install_training_flags(graph: fx.Graph) -> None:
+    """Let every batch norm and dropout read its mode from the module at run time."""
+    flagged = [node for node in graph.nodes if node.op == "call_function" and node.target in _FLAG_POSITION]
+    if not flagged:
+        return
+    flag = training_flag(graph)
+    for node in flagged:
+        position = _FLAG_POSITION[node.target]
+        # A batch norm that was captured with True normalizes with the statistics of its input in both modes.
+        if node.args[position] is False:
+            node.update_arg(position, flag)
+
+
+def training_flag(graph: fx.Graph) -> fx.Node:
+    """The node that reads the module's training mode, made if the graph has none."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == TRAINING_FLAG:
+            return node
+    with at_start(graph):
+        # `Graph.get_attr` warns about attributes that are no tensors.
+        return graph.create_node("get_attr", TRAINING_FLAG)
+
+
+def flag_position(node: fx.Node) -> int | None:
+    """Index of the argument by which an operator is told that it trains; None for operators without one."""
+    return _FLAG_POSITION.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by the names in its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            named[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value if argument.has_default_value() else None
+    return named

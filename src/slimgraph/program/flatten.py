@@ -1,0 +1,231 @@
+"""Turn an exported program into a flat functional graph with named inputs and outputs."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from slimgraph.errors import CaptureError
+from slimgraph.program.edit import finish, install_training_flags
+from slimgraph.program.names import set_names
+from slimgraph.program.program import Program
+from slimgraph.program.signature import Signature, TensorSpec
+
+# Checks that the tracer writes for itself; the signature says what they said.
+_ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten.sym_constrain_range.default,
+)
+
+
+def key_name(path: Any) -> str:
+    """Flat name of a leaf of nested containers: `past.0.key`."""
+    parts = []
+    for key in path:
+        match key:
+            case pytree.MappingKey():
+                parts.append(str(key.key))
+            case pytree.SequenceKey():
+                parts.append(str(key.idx))
+            case pytree.GetAttrKey():
+                parts.append(str(key.name))
+            case _:
+                parts.append(str(key))
+    return ".".join(parts)
+
+
+def flatten(exported: torch.export.ExportedProgram, free_axes: Mapping[tuple[str, int], str]) -> Program:
+    """A program with one tensor an input and an output; values have no names yet, unless the graph brings them.
+
+    Args:
+        free_axes: names of the free axes by flat input name and axis.
+    """
+    if _mutates_through_views(exported.graph):
+        exported = exported.run_decompositions({})
+    module = exported.module(check_guards=False)
+    names = _input_names(exported)
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    _inline_wrapped(module)
+    _make_functional(graph)
+    inputs = _plain_inputs(graph, names)
+    outputs, form = _plain_outputs(graph, exported)
+    flat = fx.GraphModule(module, graph, class_name="Program")
+    flat.train(False)
+    symbols = _symbol_names(inputs, free_axes)
+    signature = Signature(
+        inputs=tuple(_spec(name, value, symbols) for name, value in inputs),
+        outputs=tuple(_spec(name, value, symbols) for name, value in outputs),
+        output_form=form,
+        example_sizes={free: size for _, (free, size) in symbols.items()},
+    )
+    install_training_flags(graph)
+    return finish(Program(flat, signature))
+
+
+def _input_names(exported: torch.export.ExportedProgram) -> list[str]:
+    """Flat names of the placeholders, in order: argument names, and the path inside nested arguments."""
+    args_spec, kwargs_spec = exported.call_spec.in_spec.children()  # type: ignore[union-attr]
+    parameters = list(exported.module_call_graph[0].signature.forward_arg_names or [])  # type: ignore[union-attr]
+    names = []
+    for index, child in enumerate(args_spec.children()):
+        # What `*args` takes beyond the last name is numbered: args.0, args.1, …
+        name = parameters[index] if index < len(parameters) else f"args.{index}"
+        names += _leaf_names(name, child)
+    for key, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
+        names += _leaf_names(str(key), child)
+    return names
+
+
+def _leaf_names(prefix: str, spec: Any) -> list[str]:
+    filled = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    return [".".join(filter(None, (prefix, key_name(path)))) for path, _ in pytree.tree_flatten_with_path(filled)[0]]
+
+
+def _plain_inputs(graph: fx.Graph, names: list[str]) -> list[tuple[str, Any]]:
+    inputs = []
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):  # a constant of the capture: its value is already in the graph
+            graph.erase_node(node)
+            continue
+        node.target = node.name
+        set_names(node, layer="", value=name)
+        inputs.append((name, value))
+    return inputs
+
+
+def _plain_outputs(
+    graph: fx.Graph, exported: torch.export.ExportedProgram
+) -> tuple[list[tuple[str, Any]], Literal["tensor", "tuple", "dict"]]:
+    node = graph.output_node()
+    values = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]  # type: ignore[arg-type]
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * len(values), spec))[0]]
+    kept = []
+    for path, value in zip(paths, values, strict=True):
+        if value is None:
+            continue
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+            raise CaptureError(f"Output {key_name(path) or 0} is {value!r}; a program returns tensors.")
+        kept.append((path, value))
+    node.args = (tuple(value for _, value in kept),)
+    if spec.is_leaf():
+        return [("output", kept[0][1].meta["val"])], "tensor"
+    keyed = any(not isinstance(key, pytree.SequenceKey) for path, _ in kept for key in path[:1])
+    named = [(key_name(path) if keyed else f"output_{key_name(path)}", value.meta["val"]) for path, value in kept]
+    return named, "dict" if keyed else "tuple"
+
+
+def _symbol_names(
+    inputs: list[tuple[str, Any]], free_axes: Mapping[tuple[str, int], str]
+) -> dict[str, tuple[str, int]]:
+    """Name and example size of each free size, by the symbol that the tracer uses for it."""
+    found: dict[str, tuple[str, int]] = {}
+    for name, value in inputs:
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                symbol = str(size.node.expr)
+                found.setdefault(symbol, (free_axes[name, axis], int(size.node.hint)))
+    return found
+
+
+def _spec(name: str, value: Tensor, symbols: dict[str, tuple[str, int]]) -> TensorSpec:
+    shape: list[int | str] = []
+    for size in value.shape:
+        if isinstance(size, torch.SymInt):
+            text = str(size.node.expr)
+            for symbol, (free, _) in symbols.items():
+                text = text.replace(symbol, free)
+            shape.append(text)
+        else:
+            shape.append(int(size))
+    return TensorSpec(name=name, dtype=value.dtype, shape=tuple(shape))
+
+
+def _mutated(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functional_twin(target: Any) -> Any:
+    """The overload that returns what an in-place overload writes, or None where there is none."""
+    namespace, _, name = target._schema.name.partition("::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    return getattr(packet, target._schema.overload_name or "default", None) if packet is not None else None
+
+
+def _is_view(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return isinstance(node, fx.Node) and node.target is operator.getitem
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns)
+
+
+def _mutates_through_views(graph: fx.Graph) -> bool:
+    """Whether renaming in-place operators is not enough, because somebody else sees the tensor that they write."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op != "call_function" or not _mutated(node):
+            continue
+        written = node.args[0]
+        seen_later = isinstance(written, fx.Node) and any(order[user] > order[node] for user in written.users)
+        viewed = isinstance(written, fx.Node) and any(_is_view(user) for user in written.users)
+        if _functional_twin(node.target) is None or _is_view(written) or seen_later or viewed:
+            return True
+    return False
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Replace in-place operators by the ones that return a new tensor, and drop the tracer's assertions."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+        elif _mutated(node) and (twin := _functional_twin(node.target)) is not None:
+            node.target = twin
+
+
+def _wrapped_calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, tuple[Any, ...]]]:
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            yield node, module.get_submodule(str(node.args[1].target)), node.args[2:]
+        elif node.target is torch.ops.higher_order.wrap_with_autocast:
+            if node.args[2]:
+                raise CaptureError(
+                    f"The module switches on autocast to {node.args[1]} inside itself, which a program cannot hold. "
+                    "Capture it without, and choose the precision when training or exporting."
+                )
+            yield node, module.get_submodule(str(node.args[4].target)), node.args[5:]
+
+
+def _inline_wrapped(module: fx.GraphModule) -> None:
+    """Put the operators of `no_grad` and disabled-autocast blocks in their places; gradients flow through them."""
+    for node, inner, arguments in list(_wrapped_calls(module)):
+        mapping: dict[fx.Node, Any] = {}
+        inputs = [child for child in inner.graph.nodes if child.op == "placeholder"]
+        mapping.update(zip(inputs, arguments, strict=True))
+        with module.graph.inserting_before(node):
+            for child in inner.graph.nodes:
+                if child.op == "call_function":
+                    mapping[child] = module.graph.node_copy(child, lambda n: mapping[n])
+                elif child.op == "get_attr":
+                    raise CaptureError("A no_grad block of the module holds tensors of its own, which is not supported.")
+        returned = inner.graph.output_node().args[0]
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(mapping[returned[user.args[1]]])  # type: ignore[index]
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()

@@ -1,0 +1,156 @@
+"""`Program`: the only model type inside, a flat graph of ATen operators with names, a signature and a history."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimgraph.errors import DataError, UnknownNameError, closest
+from slimgraph.program.names import layer_of, values_of
+from slimgraph.program.signature import Signature
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryEntry:
+    """One thing that was done to a program."""
+
+    step: str
+    """What was done: "capture", "fold_batch_norm", "quantize", …"""
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    """How: plain JSON values."""
+    result: Mapping[str, Json] = field(default_factory=dict)
+    """What was measured: plain JSON values."""
+
+
+class Program(nn.Module):
+    """A trained network as one flat `torch.fx` graph of ATen operators.
+
+    Parameters and buffers keep the fully qualified names that they had in the user's module. Every value has a name;
+    the value that a layer returns is named as the layer. Call it with tensors in the order of `signature.inputs`, or by
+    name; it returns what `signature.output_form` says. It can be trained, moved, compiled and wrapped as any module.
+    """
+
+    graph_module: fx.GraphModule
+
+    def __init__(self, graph_module: fx.GraphModule, signature: Signature, history: tuple[HistoryEntry, ...] = ()) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        self.history = history
+        self.train(graph_module.training)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph; a pass that edits it works on a `copy` and ends with `edit.finish`."""
+        return self.graph_module.graph
+
+    @property
+    def values(self) -> dict[str, fx.Node]:
+        """The node of every named value, in order of computation."""
+        return values_of(self.graph.nodes)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in order of computation."""
+        return tuple(dict.fromkeys(layer for node in self.graph.nodes if (layer := layer_of(node))))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter or buffer lies; the CPU where there is none."""
+        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def value(self, name: str) -> fx.Node:
+        """The node that produces the value `name`.
+
+        Raises:
+            UnknownNameError: there is no such value; the message offers the closest ones.
+        """
+        values = self.values
+        if name not in values:
+            raise UnknownNameError(f"The program has no value {name!r}. {closest(name, values)}")
+        return values[name]
+
+    def copy(self) -> "Program":
+        """A program that shares nothing with this one."""
+        return copy.deepcopy(self)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+        """Compute the outputs; inputs are given in order, by name, or both."""
+        outputs = self.graph_module(*self._ordered(args, kwargs))
+        if self.signature.output_form == "tensor":
+            return outputs[0]  # type: ignore[no-any-return]
+        if self.signature.output_form == "dict":
+            return {spec.name: output for spec, output in zip(self.signature.outputs, outputs, strict=True)}
+        return tuple(outputs)
+
+    def _ordered(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
+        names = [spec.name for spec in self.signature.inputs]
+        given = dict(zip(names, args, strict=False))
+        clashing = [name for name in kwargs if name in given or name not in names]
+        if len(args) > len(names) or clashing or len(given) + len(kwargs) != len(names):
+            said = f"{len(args)} inputs in order" + (f" and {', '.join(kwargs)} by name" if kwargs else "")
+            raise DataError(f"The program was called with {said}, but takes {', '.join(map(str, self.signature.inputs))}.")
+        given.update(kwargs)
+        return [given[name] for name in names]
+
+    def with_history(self, entry: HistoryEntry) -> "Program":
+        """This program, with one more line of history; the tensors are shared."""
+        return Program(self.graph_module, self.signature, (*self.history, entry))
+
+    # The graph module is an implementation detail of where tensors lie: their names are those of the user's module.
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under their original names."""
+        return self.graph_module.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Buffers under their original names."""
+        return self.graph_module.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Parameters and persistent buffers under their original names."""
+        return self.graph_module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy tensors of these names into the program; as `nn.Module.load_state_dict`."""
+        return self.graph_module.load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Program":
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            _move_constants(self.graph_module, self.device)
+        return self
+
+
+def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a module that contains a program (DDP, say) load a state dict with the original names."""
+    inner = f"{prefix}graph_module."
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inner)]:
+        state_dict[inner + key.removeprefix(prefix)] = state_dict.pop(key)
+
+
+def _move_constants(graph_module: fx.GraphModule, device: torch.device) -> None:
+    """Tensors that the graph creates (arange, zeros, …) name the device of the capture; name the new one."""
+    changed = False
+    for node in graph_module.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.update_kwarg("device", device)
+            changed = True
+        for index, argument in enumerate(node.args):
+            if isinstance(argument, torch.device):
+                node.update_arg(index, device)
+                changed = True
+    if changed:
+        graph_module.recompile()

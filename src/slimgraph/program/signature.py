@@ -1,0 +1,126 @@
+"""What goes into a program and what comes out: ordered, named tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimgraph.errors import DataError, closest
+
+_EXACT_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, type and shape of one input or output."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    """A number is a fixed size; a word names a free axis, and axes of one name have one size: `("batch", 3, 224, 224)`."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its free axes set.
+
+        Raises:
+            DataError: a free axis has no size in `sizes`.
+        """
+        for size in self.shape:
+            if isinstance(size, str) and size not in sizes:
+                raise DataError(f"Input {self} has a free axis {size!r}, and no size was given for it.")
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """Ordered inputs and outputs of a program."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_form: Literal["tensor", "tuple", "dict"] = "tensor"
+    """What a call returns: a bare tensor, a tuple, or a flat dictionary by output name."""
+    example_sizes: Mapping[str, int] = field(default_factory=dict)
+    """A size of each free axis with which the program is known to run."""
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
+
+    @property
+    def free_axes(self) -> tuple[str, ...]:
+        """Names of the free axes of the inputs, in order of appearance."""
+        return tuple(dict.fromkeys(size for spec in self.inputs for size in spec.shape if isinstance(size, str)))
+
+    @property
+    def batch_axis(self) -> str | None:
+        """Name of the free first axis, which counts samples; None where the number of samples is fixed."""
+        first = self.inputs[0].shape[:1] if self.inputs else ()
+        return first[0] if first and isinstance(first[0], str) else None
+
+    def example(self, *, batch: int | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Zeros of the right types and shapes, with `example_sizes` for the free axes and `batch` for the batch axis."""
+        sizes = dict(self.example_sizes)
+        if batch is not None and self.batch_axis is not None:
+            sizes[self.batch_axis] = batch
+        return {spec.name: torch.zeros(spec.sized(sizes), dtype=spec.dtype, device=device) for spec in self.inputs}
+
+    def bind(self, batch: Any, *, where: str = "The batch") -> dict[str, Tensor]:
+        """Tensors of `batch` by input name, checked against the specs.
+
+        Args:
+            batch: a tensor or array (a single input), a sequence in the order of the inputs, or a mapping by name.
+            where: what `batch` is, for error messages: "Calibration batch 3".
+        Raises:
+            DataError: a name, number, rank, size or type of the inputs is not what the program takes.
+        """
+        named = self._named(batch, where)
+        sizes: dict[str, int] = {}
+        return {spec.name: _checked(named[spec.name], spec, sizes, where) for spec in self.inputs}
+
+    def _named(self, batch: Any, where: str) -> dict[str, Any]:
+        names = [spec.name for spec in self.inputs]
+        if isinstance(batch, Mapping):
+            for given in batch:
+                if given not in names:
+                    raise DataError(f"{where} has an input {given!r}, which the program does not take. {closest(str(given), names)}")
+            missing = [name for name in names if name not in batch]
+            if missing:
+                raise DataError(f"{where} lacks the input {missing[0]!r}. The program takes {self._wanted()}.")
+            return {name: batch[name] for name in names}
+        items = [batch] if isinstance(batch, (Tensor, np.ndarray)) else batch
+        if not isinstance(items, Sequence):
+            raise DataError(f"{where} is a {type(batch).__name__}; give a tensor, an array, a sequence or a mapping of {self._wanted()}.")
+        if len(items) != len(names):
+            raise DataError(f"{where} has {len(items)} inputs, but the program takes {len(names)}: {self._wanted()}.")
+        return dict(zip(names, items, strict=True))
+
+    def _wanted(self) -> str:
+        return ", ".join(map(str, self.inputs))
+
+
+def _checked(value: Any, spec: TensorSpec, sizes: dict[str, int], where: str) -> Tensor:
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise DataError(f"{where}: input {spec.name!r} is an array of Python objects; give numbers.")
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, Tensor):
+        raise DataError(f"{where}: input {spec.name!r} is a {type(value).__name__}; give a tensor or an array.")
+    given = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if value.dim() != len(spec.shape):
+        raise DataError(f"{where}: input {spec.name!r} is {given}, but the program takes {spec}.")
+    for size, wanted in zip(value.shape, spec.shape, strict=True):
+        expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+        if size != expected:
+            raise DataError(f"{where}: input {spec.name!r} is {given}, but the program takes {spec}.")
+    if value.dtype != spec.dtype:
+        both_floating = value.dtype.is_floating_point and spec.dtype.is_floating_point
+        both_integer = value.dtype in _EXACT_INTEGERS and spec.dtype in (torch.int32, torch.int64)
+        if not (both_floating or both_integer):
+            raise DataError(f"{where}: input {spec.name!r} is {given}, but the program takes {spec}. Convert it before.")
+        value = value.to(spec.dtype)
+    return value

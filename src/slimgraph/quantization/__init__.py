@@ -1,0 +1,1 @@
+"""Quantization: from a float program to one whose heavy operators compute in integers."""

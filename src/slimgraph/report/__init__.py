@@ -1,0 +1,1 @@
+"""The report: what compression did, in numbers, pictures and words."""
