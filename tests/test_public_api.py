@@ -1,0 +1,85 @@
+"""The promise of `import slimgraph`: these names, documented, and nothing else happens."""
+
+import subprocess
+import sys
+
+import pytest
+
+import slimgraph
+
+PUBLIC = [
+    "Program",
+    "SlimgraphError",
+    "__version__",
+    "capture",
+    "compare",
+    "compress",
+    "convert",
+    "evaluate",
+    "load",
+    "measure_latency",
+    "quantize",
+    "save",
+]
+
+
+def _in_a_fresh_interpreter(script: str) -> None:
+    """Fail with what the script wrote when it does not end well."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_public_names_are_these():
+    assert sorted(slimgraph.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_exists_and_is_listed(name):
+    assert hasattr(slimgraph, name)
+    assert name in dir(slimgraph)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
+def test_every_public_name_is_documented(name):
+    assert (getattr(slimgraph, name).__doc__ or "").strip()
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = slimgraph.no_such_thing
+
+
+def test_importing_needs_no_optional_package():
+    _in_a_fresh_interpreter("""
+import sys
+import slimgraph
+optional = {"timm", "transformers", "torchvision", "ray", "optuna", "matplotlib", "sklearn"}
+assert not optional & set(sys.modules), optional & set(sys.modules)
+""")
+
+
+def test_importing_changes_nothing():
+    # PyTorch is imported before: what it does on its own is not the question here.
+    _in_a_fresh_interpreter("""
+import logging, os, random, signal, threading, warnings
+import torch
+
+def state():
+    return {
+        "threads": threading.enumerate(),
+        "torch threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "random": (random.getstate(), torch.get_rng_state().tolist()),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "log handlers": list(logging.getLogger().handlers),
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+    }
+
+before = state()
+import slimgraph
+after = state()
+assert not [name for name in before if before[name] != after[name]]
+""")
