@@ -1,6 +1,6 @@
 """The names that the documents promise: what exists takes every documented key, what is missing is listed here.
 
-`data/surface.yaml` holds the facts. Who builds a name takes it out of MISSING, who tests a fact takes it out of UNTESTED.
+`data/surface.yaml` holds the facts. Who builds a name takes it out of MISSING; who tests a fact, out of UNTESTED.
 """
 
 import importlib
