@@ -34,6 +34,7 @@ BESIDE = {("report", "deploy")}  # a report is made of what deploy has measured;
 # Where everything is caught, and why. Whatever stands here raises again, as an error that says what to do.
 BROAD_EXCEPTS = {
     "slimgraph.program.capture: _traced": "runs the user's own code, which may raise anything",
+    "slimgraph.program.shapes: _called": "runs an operator's shape function, which may raise anything",
 }
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
