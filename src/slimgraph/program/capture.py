@@ -2,9 +2,10 @@
 
 import inspect
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def capture(
 
     Args:
         module: what to capture.
-        example_inputs: a tensor, a sequence in the order of `forward`, or a mapping by argument name. Arguments that are
-            not tensors become constants.
+        example_inputs: a tensor, a sequence in the order of `forward`, or a mapping by argument name. Arguments that
+            are not tensors become constants.
         dynamic: further free axes by argument name: `{"x": {2: "height", 3: "width"}}`. Axes of one name have one size.
     Raises:
         CaptureError: `torch.export` cannot follow the module; the message has the line of code and the reason.
@@ -49,19 +50,19 @@ def capture(
         raise CaptureError(f"capture takes a torch.nn.Module, but got a {type(module).__name__}.")
     call = _Call.of(module, example_inputs)
     requested = _requested_axes(call, dynamic or {})
-    with _evaluation_mode(module), torch.no_grad():
+    with _evaluation_mode(module), _plain_outputs(module), torch.no_grad():
         program, reason = _with_free_batch(module, call, requested)
     lost = restore_training_behaviour(program, module)
-    parameters: dict[str, Json] = {"module": f"{type(module).__module__}.{type(module).__qualname__}", "torch": torch.__version__}
+    parameters: dict[str, Json] = {
+        "module": f"{type(module).__module__}.{type(module).__qualname__}",
+        "torch": torch.__version__,
+    }
     if reason:
         parameters["batch_is_fixed_because"] = reason
     if lost:
         parameters["lost_in_training"] = list[Json](lost)
     program.history = (HistoryEntry(step="capture", parameters=parameters),)
     return program
-
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,11 @@ class _Call:
                 f"The example inputs do not fit {type(module).__name__}.forward{signature}: {error}. "
                 "Give a tensor, a sequence in that order, or a mapping by argument name."
             ) from error
-        in_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        in_order = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.VAR_POSITIONAL,
+        )
         names = tuple(name for name in bound.arguments if signature.parameters[name].kind in in_order)
         return _Call(bound.args, bound.kwargs, names)
 
@@ -100,11 +105,14 @@ class _Call:
         leaves = pytree.tree_flatten_with_path(self.named())[0]
         return {key_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
+    def samples(self) -> int:
+        """Length of the first axis of the first tensor that has one; 0 where none has."""
+        return next((len(tensor) for tensor in self.tensors().values() if tensor.dim()), 0)
+
     def batched(self) -> list[str]:
         """Names of the tensors whose first axis counts samples: as many as the first tensor has."""
-        tensors = {name: tensor for name, tensor in self.tensors().items() if tensor.dim()}
-        samples = next((len(tensor) for tensor in tensors.values()), 0)
-        return [name for name, tensor in tensors.items() if len(tensor) == samples and samples]
+        samples = self.samples()
+        return [name for name, tensor in self.tensors().items() if samples and tensor.dim() and len(tensor) == samples]
 
     def with_samples(self, count: int) -> "_Call":
         """The same call with the first samples of its batched tensors, repeated as needed."""
@@ -124,10 +132,14 @@ def _requested_axes(call: _Call, dynamic: Mapping[str, Mapping[int, str]]) -> di
     requested = {}
     for name, axes in dynamic.items():
         if name not in tensors:
-            raise ConfigError(f"dynamic names the input {name!r}, which is no tensor of the example. {closest(name, tensors)}")
+            raise ConfigError(
+                f"dynamic names the input {name!r}, which is no tensor of the example. {closest(name, tensors)}"
+            )
         for axis, free in axes.items():
             if not 0 <= axis < tensors[name].dim():
-                raise ConfigError(f"dynamic[{name!r}] names axis {axis}, but the example has {tensors[name].dim()} axes.")
+                raise ConfigError(
+                    f"dynamic[{name!r}] names axis {axis}, but the example has {tensors[name].dim()} axes."
+                )
             requested[name, axis] = free
     return requested
 
@@ -143,24 +155,46 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def _as_dictionaries(output: Any) -> Any:
+    """`output` with dataclasses as dictionaries; torch.export knows only those that were registered with it."""
+
+    def convert(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {part.name: _as_dictionaries(getattr(leaf, part.name)) for part in fields(leaf)}
+
+    return pytree.tree_map(convert, output)
+
+
+@contextmanager
+def _plain_outputs(module: nn.Module) -> Iterator[None]:
+    hook = module.register_forward_hook(lambda module, inputs, output: _as_dictionaries(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _with_free_batch(module: nn.Module, call: _Call, requested: dict[tuple[str, int], str]) -> tuple[Program, str]:
     """The program, and why its batch is fixed ("" where it is free)."""
     batched = {(name, 0): BATCH for name in call.batched()}
-    if batched.keys() <= requested.keys():
-        return _traced(module, call, requested), ""
+    axes = batched | requested
     try:
         # One sample is a size of its own to the tracer (broadcasting), two stand for any number.
-        two = call if len(next(iter(call.tensors().values()))) > 1 else call.with_samples(2)
-        program = _traced(module, two, batched | requested)
-        for samples in (1, 3):
+        program = _traced(module, call.with_samples(2) if call.samples() == 1 else call, axes)
+        for samples in (1, 3) if batched else ():
             _compare(program, module, call.with_samples(samples))
         return program, ""
     except CaptureError as error:
+        if axes == requested:
+            raise
         return _traced(module, call, requested), str(error)
 
 
 def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], str]) -> Program:
-    dims = {name: torch.export.Dim(name) for name in free_axes.values()}
+    # The batch must be free without condition. Other axes may have them: torch.export refuses a named height because
+    # pooling makes 1 of 2 and 3, but lets a DYNAMIC one keep such conditions to itself.
+    dims = {free: torch.export.Dim(free) if free == BATCH else torch.export.Dim.DYNAMIC for free in free_axes.values()}
 
     def shape_of(path: Any, leaf: Any) -> Any:
         name = key_name(path)
@@ -168,7 +202,10 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
 
     shapes = pytree.tree_map_with_path(shape_of, call.named())
     try:
-        exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+        with warnings.catch_warnings():
+            # Recurrent modules keep a second list of their weights, which torch.export replaces and puts back.
+            warnings.filterwarnings("ignore", r"The tensor attributes? \S+\._flat_weights\[", UserWarning)
+            exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the user's code raises, and a dozen unrelated classes of torch.export's own
         raise CaptureError(f"{type(module).__name__} cannot be captured{_place(error)}: {_summary(error)}") from error
     program = flatten(exported, free_axes)
@@ -198,7 +235,9 @@ def _compare(program: Program, module: nn.Module, call: _Call) -> None:
         got = pytree.tree_leaves(program(**call.tensors()))
     except RuntimeError as error:
         sizes = [list(tensor.shape) for tensor in call.tensors().values()]
-        raise CaptureError(f"The captured program does not run on inputs of shape {sizes}: {_summary(error)}") from error
+        raise CaptureError(
+            f"The captured program does not run on inputs of shape {sizes}: {_summary(error)}"
+        ) from error
     for spec, wanted, found in zip(program.signature.outputs, expected, got, strict=True):
         if wanted.shape != found.shape:
             raise CaptureError(f"Output {spec.name!r} has shape {list(found.shape)} instead of {list(wanted.shape)}.")

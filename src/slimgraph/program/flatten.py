@@ -1,7 +1,8 @@
 """Turn an exported program into a flat functional graph with named inputs and outputs."""
 
 import operator
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -58,21 +59,17 @@ def flatten(exported: torch.export.ExportedProgram, free_axes: Mapping[tuple[str
     outputs, form = _plain_outputs(graph, exported)
     flat = fx.GraphModule(module, graph, class_name="Program")
     flat.train(False)
-    symbols = _symbol_names(inputs, free_axes)
-    signature = Signature(
-        inputs=tuple(_spec(name, value, symbols) for name, value in inputs),
-        outputs=tuple(_spec(name, value, symbols) for name, value in outputs),
-        output_form=form,
-        example_sizes={free: size for _, (free, size) in symbols.items()},
-    )
+    input_specs, meanings, sizes = _named_inputs(inputs, free_axes)
+    output_specs = [_output_spec(name, value, meanings) for name, value in outputs]
+    signature = Signature(inputs=tuple(input_specs), outputs=tuple(output_specs), output_form=form, example_sizes=sizes)
     install_training_flags(graph)
     return finish(Program(flat, signature))
 
 
 def _input_names(exported: torch.export.ExportedProgram) -> list[str]:
     """Flat names of the placeholders, in order: argument names, and the path inside nested arguments."""
-    args_spec, kwargs_spec = exported.call_spec.in_spec.children()  # type: ignore[union-attr]
-    parameters = list(exported.module_call_graph[0].signature.forward_arg_names or [])  # type: ignore[union-attr]
+    args_spec, kwargs_spec = exported.call_spec.in_spec.children()
+    parameters = list(exported.module_call_graph[0].signature.forward_arg_names or [])
     names = []
     for index, child in enumerate(args_spec.children()):
         # What `*args` takes beyond the last name is numbered: args.0, args.1, …
@@ -106,7 +103,7 @@ def _plain_outputs(
     graph: fx.Graph, exported: torch.export.ExportedProgram
 ) -> tuple[list[tuple[str, Any]], Literal["tensor", "tuple", "dict"]]:
     node = graph.output_node()
-    values = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]  # type: ignore[arg-type]
+    values = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
     spec = exported.call_spec.out_spec
     assert spec is not None
     paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * len(values), spec))[0]]
@@ -125,30 +122,38 @@ def _plain_outputs(
     return named, "dict" if keyed else "tuple"
 
 
-def _symbol_names(
+def _named_inputs(
     inputs: list[tuple[str, Any]], free_axes: Mapping[tuple[str, int], str]
-) -> dict[str, tuple[str, int]]:
-    """Name and example size of each free size, by the symbol that the tracer uses for it."""
-    found: dict[str, tuple[str, int]] = {}
+) -> tuple[list[TensorSpec], dict[str, str], dict[str, int]]:
+    """Specs of the inputs, what the tracer's symbols stand for, and the example size of each free axis.
+
+    An axis that must be even has the size `2*s` for the tracer; then `s` stands for "height//2".
+    """
+    specs, meanings, sizes = [], dict[str, str](), dict[str, int]()
     for name, value in inputs:
+        shape: list[int | str] = []
         for axis, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt):
-                symbol = str(size.node.expr)
-                found.setdefault(symbol, (free_axes[name, axis], int(size.node.hint)))
-    return found
+            if not isinstance(size, torch.SymInt):
+                shape.append(size)
+                continue
+            (symbol,) = size.node.expr.free_symbols
+            factor = int(size.node.expr.coeff(symbol))
+            free = free_axes[name, axis]
+            free = meanings.setdefault(str(symbol), free) if factor == 1 else free
+            meanings.setdefault(str(symbol), f"({free}//{factor})")
+            sizes.setdefault(free, int(size.node.hint))
+            shape.append(free)
+        specs.append(TensorSpec(name=name, dtype=value.dtype, shape=tuple(shape)))
+    return specs, meanings, sizes
 
 
-def _spec(name: str, value: Tensor, symbols: dict[str, tuple[str, int]]) -> TensorSpec:
-    shape: list[int | str] = []
-    for size in value.shape:
-        if isinstance(size, torch.SymInt):
-            text = str(size.node.expr)
-            for symbol, (free, _) in symbols.items():
-                text = text.replace(symbol, free)
-            shape.append(text)
-        else:
-            shape.append(int(size))
-    return TensorSpec(name=name, dtype=value.dtype, shape=tuple(shape))
+def _output_spec(name: str, value: Any, meanings: Mapping[str, str]) -> TensorSpec:
+    def in_words(size: Any) -> int | str:
+        if isinstance(size, int):
+            return size
+        return re.sub(r"[A-Za-z_]\w*", lambda symbol: meanings.get(symbol[0], symbol[0]), str(size.node.expr))
+
+    return TensorSpec(name=name, dtype=value.dtype, shape=tuple(map(in_words, value.shape)))
 
 
 def _mutated(node: fx.Node) -> bool:
@@ -167,7 +172,9 @@ def _functional_twin(target: Any) -> Any:
 def _is_view(node: Any) -> bool:
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return isinstance(node, fx.Node) and node.target is operator.getitem
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns)
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns
+    )
 
 
 def _mutates_through_views(graph: fx.Graph) -> bool:
@@ -195,37 +202,42 @@ def _make_functional(graph: fx.Graph) -> None:
             node.target = twin
 
 
-def _wrapped_calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, tuple[Any, ...]]]:
-    for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            yield node, module.get_submodule(str(node.args[1].target)), node.args[2:]
-        elif node.target is torch.ops.higher_order.wrap_with_autocast:
-            if node.args[2]:
-                raise CaptureError(
-                    f"The module switches on autocast to {node.args[1]} inside itself, which a program cannot hold. "
-                    "Capture it without, and choose the precision when training or exporting."
-                )
-            yield node, module.get_submodule(str(node.args[4].target)), node.args[5:]
+def _wrapped(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
+    """The body of a `no_grad` or autocast block and its arguments, or None where `node` is another operator."""
+    args: tuple[Any, ...] = node.args
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        body, arguments = args[1], args[2:]
+    elif node.target is torch.ops.higher_order.wrap_with_autocast:
+        if args[2]:
+            raise CaptureError(
+                f"The module switches on autocast to {args[1]} inside itself, which a program cannot hold. "
+                "Capture it without, and choose the precision when training or exporting."
+            )
+        body, arguments = args[4], args[5:]
+    else:
+        return None
+    inner = module.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    return inner, arguments
 
 
 def _inline_wrapped(module: fx.GraphModule) -> None:
     """Put the operators of `no_grad` and disabled-autocast blocks in their places; gradients flow through them."""
-    for node, inner, arguments in list(_wrapped_calls(module)):
-        mapping: dict[fx.Node, Any] = {}
+    for node in list(module.graph.nodes):
+        if (wrapped := _wrapped(module, node)) is None:
+            continue
+        inner, arguments = wrapped
+        _inline_wrapped(inner)  # blocks may be nested
         inputs = [child for child in inner.graph.nodes if child.op == "placeholder"]
-        mapping.update(zip(inputs, arguments, strict=True))
+        mapping: dict[fx.Node, Any] = dict(zip(inputs, arguments, strict=True))
         with module.graph.inserting_before(node):
             for child in inner.graph.nodes:
                 if child.op == "call_function":
-                    mapping[child] = module.graph.node_copy(child, lambda n: mapping[n])
-                elif child.op == "get_attr":
-                    raise CaptureError("A no_grad block of the module holds tensors of its own, which is not supported.")
-        returned = inner.graph.output_node().args[0]
+                    mapping[child] = module.graph.node_copy(child, mapping.__getitem__)
+        returned: Any = inner.graph.output_node().args[0]
         for user in list(node.users):
-            if user.target is operator.getitem:
-                user.replace_all_uses_with(mapping[returned[user.args[1]]])  # type: ignore[index]
-                module.graph.erase_node(user)
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(mapping[returned[user.args[1]]])
+            module.graph.erase_node(user)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
