@@ -1,0 +1,70 @@
+"""What is known of a model before and after it was compressed, its latency apart."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerKernels:
+    """How many operators of one kind run in integers, as counted in the graph that the runtime optimized."""
+
+    kind: str
+    """Plural, as it is read: "convolutions", "matrix products"."""
+    integer: int
+    total: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.integer <= self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """One of the two models, as a file."""
+
+    label: str
+    """What a reader calls it: "float", "int8"."""
+    size_bytes: int
+    """Of everything that has to be deployed, external data included."""
+    parameters: int | None = None
+    macs: int | None = None
+    """Multiply-accumulates for one sample."""
+    integer_kernels: tuple[IntegerKernels, ...] = ()
+    """Empty where they were not counted."""
+
+    def __post_init__(self) -> None:
+        assert self.size_bytes > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricResult:
+    """A metric of both models on the same samples; higher is better."""
+
+    name: str
+    kind: Literal["accuracy", "agreement"]
+    """`agreement` compares answers with those of the original, and says nothing about how many are right."""
+    before: float
+    """Always 1 for agreement: the original agrees with itself."""
+    after: float
+    samples: int
+    max_drop: float | None = None
+    """Largest `drop` that the user allowed, absolute: 0.01 is one point. None: no limit."""
+    unit: Literal["fraction", "plain"] = "fraction"
+    """A fraction lies between 0 and 1 and is shown in percent; a plain number is shown as it is."""
+    change_interval: tuple[float, float] | None = None
+    """95 % interval of `after - before`, where it was estimated; both models saw the same samples, so it is paired."""
+
+    def __post_init__(self) -> None:
+        assert self.kind == "accuracy" or self.before == 1.0
+        # `not outside` rather than `inside`: a metric that became NaN is a result, and the report has to say so.
+        assert self.unit == "plain" or not any(value < 0 or value > 1 for value in (self.before, self.after))
+
+    @property
+    def drop(self) -> float:
+        """What compression cost; negative for a gain."""
+        return self.before - self.after
+
+    @property
+    def exceeds_max_drop(self) -> bool:
+        """Whether more was lost than allowed. A metric that is not a number is never within a limit."""
+        # 0.875 - 0.865 is a little more than 0.01 in binary, and is not more than one point.
+        return self.max_drop is not None and not self.drop <= self.max_drop + 1e-9
