@@ -1,0 +1,284 @@
+"""The pictures of a report: for each, a function that returns its numbers, one that draws them as SVG.
+
+A drawing holds no text that came from a model: matplotlib would read `$` as mathematics, and has no glyphs for every
+script. Names stand in the page, which escapes them. Colours are the page's, so that a drawing follows its scheme.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from slimgraph.report.content import Report, ValueHistogram
+from slimgraph.report.headline import value_text
+from slimgraph.report.words import milliseconds, number, percent
+
+# matplotlib knows no CSS variables: it draws in these marks, each of which is replaced by its variable afterwards. What
+# follows the comma is used where the drawing stands outside a page.
+INK, MUTED, ACCENT, WARNING, WASH = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS_COLOURS = {
+    INK: "var(--ink, #1c1f23)",
+    MUTED: "var(--muted, #5d6570)",
+    ACCENT: "var(--accent, #1d63c4)",
+    WARNING: "var(--bad, #b3261e)",
+    WASH: "var(--wash, #e4ebf5)",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: searchable, in the page's font
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.unicode_minus": True,
+}
+MAX_BARS = 128
+"""More bars than this are thinner than a pixel; neighbours are added up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A model in the accuracy–latency plane."""
+
+    latency_ms: float
+    latency_p90_ms: float
+    metric: float
+    interval: tuple[float, float] | None = None
+    """Of the metric, 95 %, where it was estimated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyLatency:
+    """Numbers of the accuracy–latency picture."""
+
+    before: Point
+    after: Point
+    lowest_allowed: float | None
+    """The metric below which more is lost than allowed."""
+    in_percent: bool
+    kind: str
+    description: str
+    """What the picture shows, in words, for those who cannot see it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeHistogram:
+    """Numbers of the picture of a range: shares of the elements, and which of them are kept."""
+
+    edges: tuple[float, ...]
+    shares: tuple[float, ...]
+    """Of all elements, in each bin; they add up to 1, or are all 0."""
+    low: float
+    high: float
+    clipped_ratio: float
+    description: str
+    """What the picture shows, in words, for those who cannot see it."""
+
+
+def accuracy_latency(report: Report) -> AccuracyLatency | None:
+    """Where both models stand; None where accuracy or latency is not known."""
+    metric, latency = report.metric, report.latency
+    if metric is None or latency is None or not math.isfinite(metric.drop):
+        return None
+    interval = None
+    if metric.change_interval is not None:
+        interval = (metric.before + metric.change_interval[0], metric.before + metric.change_interval[1])
+    before, after = (
+        Point(latency_ms=call.median_ms, latency_p90_ms=call.p90_ms, metric=value, interval=ends)
+        for call, value, ends in (
+            (latency.original, metric.before, None),
+            (latency.compressed, metric.after, interval),
+        )
+    )
+    described = [
+        f"{name} {milliseconds(point.latency_ms)} and {value_text(metric, point.metric)}"
+        for name, point in (("original", before), ("compressed", after))
+    ]
+    return AccuracyLatency(
+        before=before,
+        after=after,
+        lowest_allowed=None if metric.max_drop is None else metric.before - metric.max_drop,
+        in_percent=metric.unit == "fraction",
+        kind=metric.kind,
+        description=f"Latency and {metric.kind}: {'; '.join(described)}.",
+    )
+
+
+def _merged(histogram: ValueHistogram) -> tuple[list[float], list[float]]:
+    """Edges and counts of at most `MAX_BARS` bins."""
+    step = math.ceil(len(histogram.counts) / MAX_BARS)
+    starts = range(0, len(histogram.counts), step)
+    edges = [histogram.edges[start] for start in starts] + [histogram.edges[-1]]
+    return edges, [math.fsum(histogram.counts[start : start + step]) for start in starts]
+
+
+def range_histogram(histogram: ValueHistogram) -> RangeHistogram:
+    """What to draw for a histogram and its range."""
+    edges, counts = _merged(histogram)
+    total = math.fsum(counts) or 1.0
+    return RangeHistogram(
+        edges=tuple(edges),
+        shares=tuple(count / total for count in counts),
+        low=histogram.low,
+        high=histogram.high,
+        clipped_ratio=histogram.clipped_ratio,
+        description=(
+            f"Values from {number(edges[0])} to {number(edges[-1])}; range {number(histogram.low)} to "
+            f"{number(histogram.high)}, {percent(histogram.clipped_ratio)} of the elements outside."
+        ),
+    )
+
+
+@contextmanager
+def _style(name: str) -> Iterator[None]:
+    """matplotlib as we want it, whatever the user's own settings are; ids depend on `name` and nothing else."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams["svg.hashsalt"] = name
+        yield
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.tick_params(length=3)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The drawing as an SVG element that can stand in a page beside others: `name` makes its ids unique."""
+    written = io.StringIO()
+    without_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(written, format="svg", metadata=without_metadata, transparent=True)
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text)
+    text = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{name}-", text)
+    text = re.sub(r"font-family:[^;\"]*;? ?", "", text)  # the page's
+    for mark, colour in _CSS_COLOURS.items():
+        text = text.replace(mark, colour)
+    return text.strip()
+
+
+def _dot(axes: Axes, point: Point, colour: str, scale: float) -> None:
+    heights = None
+    if point.interval is not None:
+        low, high = point.interval
+        heights = [[max(0.0, point.metric - low) * scale], [max(0.0, high - point.metric) * scale]]
+    axes.errorbar(
+        [point.latency_ms],
+        [point.metric * scale],
+        xerr=[[0.0], [max(0.0, point.latency_p90_ms - point.latency_ms)]],
+        yerr=heights,
+        fmt="o",
+        markersize=8,
+        color=colour,
+        elinewidth=1.2,
+        capsize=3,
+        zorder=3,
+    )
+
+
+def _heights(numbers: AccuracyLatency) -> list[float]:
+    """Everything that the vertical axis has to show."""
+    heights = [numbers.before.metric, numbers.after.metric]
+    if numbers.lowest_allowed is not None:
+        heights.append(numbers.lowest_allowed)
+    for point in (numbers.before, numbers.after):
+        heights.extend(point.interval or ())
+    return heights
+
+
+def draw_accuracy_latency(numbers: AccuracyLatency, *, name: str) -> str:
+    """SVG of both models in the plane of latency and accuracy, with the lowest metric that is allowed."""
+    scale = 100.0 if numbers.in_percent else 1.0
+    before, after = numbers.before, numbers.after
+    slower = after.latency_ms > before.latency_ms
+    with _style(name):
+        figure, axes = _figure(4.8, 3.2)
+        axes.annotate(
+            "",
+            xytext=(before.latency_ms, before.metric * scale),
+            xy=(after.latency_ms, after.metric * scale),
+            arrowprops={"arrowstyle": "->", "color": MUTED, "shrinkA": 7, "shrinkB": 7, "linewidth": 1},
+        )
+        # The arrow joins the points between them; labels stand where it does not go, beside the error bar.
+        for label, point, colour, left, above in (
+            ("original", before, MUTED, not slower, before.metric >= after.metric),
+            ("compressed", after, ACCENT, slower, before.metric < after.metric),
+        ):
+            _dot(axes, point, colour, scale)
+            axes.annotate(
+                label,
+                (point.latency_ms, point.metric * scale),
+                xytext=(-7 if left else 7, 7 if above else -7),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="bottom" if above else "top",
+                color=colour,
+                fontweight="bold",
+            )
+        if numbers.lowest_allowed is not None:
+            axes.axhline(numbers.lowest_allowed * scale, color=WARNING, linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                "lowest allowed",
+                (0.02 if slower else 1, numbers.lowest_allowed * scale),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, -3),
+                textcoords="offset points",
+                ha="left" if slower else "right",
+                va="top",
+                color=WARNING,
+            )
+        heights = _heights(numbers)
+        spread = (max(heights) - min(heights)) or abs(heights[0]) * 0.01 or 0.01
+        axes.set_ylim((min(heights) - 0.35 * spread) * scale, (max(heights) + 0.35 * spread) * scale)
+        axes.set_xlim(0, 1.15 * max(before.latency_p90_ms, after.latency_p90_ms))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.ticklabel_format(useOffset=False)
+        axes.set_xlabel("latency, median and 90th percentile, ms")
+        axes.set_ylabel(f"{numbers.kind}, %" if numbers.in_percent else numbers.kind)
+        return _svg(figure, name)
+
+
+def draw_range_histogram(numbers: RangeHistogram, *, name: str) -> str:
+    """SVG of a distribution on a logarithmic scale, the elements outside the range in the colour of warnings."""
+    left, right = min(numbers.edges[0], numbers.low), max(numbers.edges[-1], numbers.high)
+    margin = 0.03 * (right - left) or 1.0
+    seen = [share for share in numbers.shares if share > 0]
+    floor = min(seen, default=1e-3) / 2
+    with _style(name):
+        figure, axes = _figure(3.4, 1.8)
+        axes.set_yscale("log")
+        axes.set_ylim(floor, max(seen, default=1.0) * 2)
+        axes.set_xlim(left - margin, right + margin)
+        axes.axvspan(numbers.low, numbers.high, color=WASH, linewidth=0)
+        heights = [max(share, floor) for share in numbers.shares]  # an empty bin has no logarithm
+        for colour, inside in ((WARNING, False), (ACCENT, True)):
+            bars = axes.stairs(heights, numbers.edges, fill=True, baseline=floor, color=colour, linewidth=0)
+            if inside:
+                kept = Rectangle((numbers.low, floor), numbers.high - numbers.low, 1e3, transform=axes.transData)
+                bars.set_clip_path(kept)
+        for bound in (numbers.low, numbers.high):
+            axes.axvline(bound, color=INK, linewidth=1)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.13f}".rstrip("0").rstrip(".") + " %")
+        return _svg(figure, name)
