@@ -92,7 +92,9 @@ def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor, *, train
         owner = child
     if trainable is None:
         trainable = attribute in owner._parameters
-    requires_grad = tensor.requires_grad if attribute not in owner._parameters else owner._parameters[attribute].requires_grad  # type: ignore[union-attr]
+    requires_grad = (
+        tensor.requires_grad if attribute not in owner._parameters else owner._parameters[attribute].requires_grad
+    )  # type: ignore[union-attr]
     if hasattr(owner, attribute):
         delattr(owner, attribute)
     if trainable:

@@ -45,7 +45,9 @@ def _innermost_module(node: fx.Node) -> tuple[str, str]:
     """Module path of a node and a key that tells one call of that module from the next."""
     stack = node.meta.get("nn_module_stack") or {}
     for key, (path, _) in reversed(stack.items()):
-        if not str(path).startswith("_"):  # torch.export files sizes under made-up modules such as _empty_nn_module_stack…
+        if not str(path).startswith(
+            "_"
+        ):  # torch.export files sizes under made-up modules such as _empty_nn_module_stack…
             return str(path), str(key)
     return "", ""
 

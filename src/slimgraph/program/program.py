@@ -37,7 +37,9 @@ class Program(nn.Module):
 
     graph_module: fx.GraphModule
 
-    def __init__(self, graph_module: fx.GraphModule, signature: Signature, history: tuple[HistoryEntry, ...] = ()) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, signature: Signature, history: tuple[HistoryEntry, ...] = ()
+    ) -> None:
         super().__init__()
         self.graph_module = graph_module
         self.signature = signature
@@ -96,7 +98,9 @@ class Program(nn.Module):
         clashing = [name for name in kwargs if name in given or name not in names]
         if len(args) > len(names) or clashing or len(given) + len(kwargs) != len(names):
             said = f"{len(args)} inputs in order" + (f" and {', '.join(kwargs)} by name" if kwargs else "")
-            raise DataError(f"The program was called with {said}, but takes {', '.join(map(str, self.signature.inputs))}.")
+            raise DataError(
+                f"The program was called with {said}, but takes {', '.join(map(str, self.signature.inputs))}."
+            )
         given.update(kwargs)
         return [given[name] for name in names]
 

@@ -87,14 +87,18 @@ class Signature:
         if isinstance(batch, Mapping):
             for given in batch:
                 if given not in names:
-                    raise DataError(f"{where} has an input {given!r}, which the program does not take. {closest(str(given), names)}")
+                    raise DataError(
+                        f"{where} has an input {given!r}, which the program does not take. {closest(str(given), names)}"
+                    )
             missing = [name for name in names if name not in batch]
             if missing:
                 raise DataError(f"{where} lacks the input {missing[0]!r}. The program takes {self._wanted()}.")
             return {name: batch[name] for name in names}
         items = [batch] if isinstance(batch, (Tensor, np.ndarray)) else batch
         if not isinstance(items, Sequence):
-            raise DataError(f"{where} is a {type(batch).__name__}; give a tensor, an array, a sequence or a mapping of {self._wanted()}.")
+            raise DataError(
+                f"{where} is a {type(batch).__name__}; give a tensor, an array, a sequence or a mapping of {self._wanted()}."
+            )
         if len(items) != len(names):
             raise DataError(f"{where} has {len(items)} inputs, but the program takes {len(names)}: {self._wanted()}.")
         return dict(zip(names, items, strict=True))
@@ -121,6 +125,8 @@ def _checked(value: Any, spec: TensorSpec, sizes: dict[str, int], where: str) ->
         both_floating = value.dtype.is_floating_point and spec.dtype.is_floating_point
         both_integer = value.dtype in _EXACT_INTEGERS and spec.dtype in (torch.int32, torch.int64)
         if not (both_floating or both_integer):
-            raise DataError(f"{where}: input {spec.name!r} is {given}, but the program takes {spec}. Convert it before.")
+            raise DataError(
+                f"{where}: input {spec.name!r} is {given}, but the program takes {spec}. Convert it before."
+            )
         value = value.to(spec.dtype)
     return value

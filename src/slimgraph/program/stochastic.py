@@ -11,10 +11,22 @@ from slimgraph.program.program import Program
 
 aten = torch.ops.aten
 
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
 
 # How attention modules name the probability that they hand to scaled_dot_product_attention while training.
-_ATTENTION_DROPOUTS = ("attn_drop", "attn_dropout", "attention_dropout", "dropout", "dropout_p", "attention_probs_dropout_prob")
+_ATTENTION_DROPOUTS = (
+    "attn_drop",
+    "attn_dropout",
+    "attention_dropout",
+    "dropout",
+    "dropout_p",
+    "attention_probs_dropout_prob",
+)
 _PATH_DROPS = ("drop_prob", "p", "survival_prob")
 
 
@@ -71,7 +83,12 @@ def _lost_branches(program: Program, layers: dict[str, nn.Module]) -> list[str]:
     for name, part in layers.items():
         kind = type(part).__name__
         if isinstance(part, nn.modules.dropout._DropoutNd):
-            is_attention = any(name == f"{layer_of(n)}.{a}" for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default for a in _ATTENTION_DROPOUTS)
+            is_attention = any(
+                name == f"{layer_of(n)}.{a}"
+                for n in program.graph.nodes
+                if n.target is aten.scaled_dot_product_attention.default
+                for a in _ATTENTION_DROPOUTS
+            )
             if part.p > 0 and name not in kept and not is_attention:
                 lost.append(f"{name}: {kind} with p={part.p}")
         elif "droppath" in kind.lower() or "stochasticdepth" in kind.lower():

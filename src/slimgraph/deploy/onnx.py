@@ -1,0 +1,115 @@
+"""Write a program as ONNX: float, half precision, or in Q/DQ form with integer weights."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
+from slimgraph.deploy.onnx_prepare import prepare_for_onnx
+from slimgraph.errors import ConfigError, ExportError
+from slimgraph.files import replacing
+from slimgraph.program.cast import cast
+from slimgraph.program.program import Program
+from slimgraph.program.reexport import reexport
+
+OPSET = 21
+"""The first version whose QuantizeLinear takes 16-bit codes and block sizes; quantized models need at least this."""
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# A protocol buffer holds at most 2 GiB; larger weights lie in a file beside the model.
+_LARGEST_MODEL_BYTES = 2**31 - 2**24
+
+
+def export_onnx(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "float32",
+    external_data_above: int = _LARGEST_MODEL_BYTES,
+) -> None:
+    """Write a program as an ONNX file; equal programs give equal bytes.
+
+    Inputs and outputs have the names of the signature, free axes keep their names, values are named as in the program.
+
+    Args:
+        precision: "float32", "float16" or "bfloat16"; inputs and outputs change with it.
+        external_data_above: weights of more bytes than this are written to `<path>.data`.
+    Raises:
+        ExportError: an operator of the program has no ONNX form.
+        OutputError: the file cannot be written; an older one stays whole.
+    """
+    model = to_onnx(program, precision=precision)
+    target = Path(path)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if size <= external_data_above:
+        with replacing(target) as aside:
+            aside.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        return
+    data = target.with_name(f"{target.name}.data")
+    with replacing(data) as data_aside, replacing(target) as aside:
+        ir.save(model, aside, external_data=data_aside.name)
+        _point_to(aside, data_aside.name, data.name)
+
+
+def _point_to(path: Path, old: str, new: str) -> None:
+    """Let a model that was written aside name its weights by their final name."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value == old:
+                entry.value = new
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
+    """The program as an ONNX model in memory; see `export_onnx`."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
+    prepared = prepare_for_onnx(program)
+    if precision != "float32":
+        prepared = cast(prepared, PRECISIONS[precision])
+    exported = reexport(prepared)
+    carry_names(exported)
+    with _quiet():
+        try:
+            converted = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"The program has no ONNX form. {_cause(error)}") from error
+    assert converted is not None
+    model = converted.model
+    name_values(model, prepared.signature)
+    merge_pads(model)
+    pool_instead_of_mean(model)
+    clean_up(model)
+    return model
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason; the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:400]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about PyTorch's own internals and prints its progress; none of it concerns a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,44 @@
+"""Rewrite a program into the forms that ONNX runtimes have integer kernels for; values stay the same."""
+
+import torch
+from torch import fx
+
+import slimgraph.program.edit as edit
+from slimgraph.program.names import layer_of, set_names, value_of
+from slimgraph.program.program import Program
+
+aten = torch.ops.aten
+_dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+
+
+def prepare_for_onnx(program: Program) -> Program:
+    """A program that computes the same in operators which the exporter turns into what runtimes fuse."""
+    prepared = program.copy()
+    for node in list(prepared.graph.nodes):
+        if node.target is aten.linear.default:
+            _flat_linear(node)
+    return edit.finish(prepared)
+
+
+def _flat_linear(node: fx.Node) -> None:
+    """A quantized linear layer on more than two axes as Reshape, Gemm, Reshape.
+
+    ONNX Runtime has one integer kernel for Gemm with its bias; MatMul and Add would be an integer product and a float
+    addition, or nothing integer at all when every axis is fixed (docs/onnxruntime.md).
+    """
+    source = node.args[0]
+    value = node.meta.get("val")
+    if not isinstance(source, fx.Node) or source.target is not _dequantize or value is None or value.dim() <= 2:
+        return
+    graph = node.graph
+    name, layer = value_of(node), layer_of(node)
+    with graph.inserting_before(node):
+        leading = [graph.call_function(aten.sym_size.int, (source, axis)) for axis in range(value.dim() - 1)]
+        flat = graph.call_function(aten.flatten.using_ints, (source, 0, value.dim() - 2))
+        product = graph.call_function(aten.linear.default, (flat, *node.args[1:]))
+        result = graph.call_function(aten.view.default, (product, [*leading, int(value.shape[-1])]))
+    set_names(flat, layer=layer, value=f"{name}/flat")
+    set_names(product, layer=layer, value=f"{name}/product")
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    set_names(result, layer=layer, value=name)

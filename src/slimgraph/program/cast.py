@@ -1,0 +1,47 @@
+"""Change the floating-point type in which a program computes."""
+
+import torch
+
+import slimgraph.program.edit as edit
+from slimgraph.errors import ConfigError
+from slimgraph.program.program import HistoryEntry, Program
+from slimgraph.program.signature import Signature, TensorSpec
+
+
+def cast(program: Program, dtype: torch.dtype) -> Program:
+    """A program whose floating tensors, inputs and outputs included, have the type `dtype`.
+
+    Raises:
+        ConfigError: `dtype` is not a floating type, or the program is quantized.
+    """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"A program computes in a floating type, not in {dtype}.")
+    if any("quantized_decomposed" in str(node.target) for node in program.graph.nodes):
+        raise ConfigError(
+            f"A quantized program has scales in float32 and is not cast to {dtype}. Cast the float program."
+        )
+    changed = program.copy()
+    changed.graph_module.to(dtype)
+    floating = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    for node in changed.graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(dtype if isinstance(a, torch.dtype) and a in floating else a for a in node.args)
+            if node.kwargs.get("dtype") in floating:
+                node.update_kwarg("dtype", dtype)
+        if isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_floating_point():
+            node.meta["val"] = value.to(dtype)
+    changed.signature = _with_dtype(program.signature, dtype)
+    edit.finish(changed)
+    return changed.with_history(HistoryEntry(step="cast", parameters={"dtype": str(dtype).removeprefix("torch.")}))
+
+
+def _with_dtype(signature: Signature, dtype: torch.dtype) -> Signature:
+    def cast_spec(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(name=spec.name, dtype=dtype if spec.dtype.is_floating_point else spec.dtype, shape=spec.shape)
+
+    return Signature(
+        inputs=tuple(map(cast_spec, signature.inputs)),
+        outputs=tuple(map(cast_spec, signature.outputs)),
+        output_form=signature.output_form,
+        example_sizes=signature.example_sizes,
+    )

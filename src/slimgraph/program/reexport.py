@@ -1,0 +1,33 @@
+"""Give a program back to `torch.export`, which every writer of files stands on."""
+
+import torch
+
+from slimgraph.errors import ProgramError
+from slimgraph.program.program import Program
+
+
+def reexport(program: Program) -> torch.export.ExportedProgram:
+    """The program in evaluation mode as an exported program with the same free axes.
+
+    Raises:
+        ProgramError: an edit has tied the program to one size of an axis that its signature calls free.
+    """
+    signature = program.signature
+    sizes = {name: max(size, 2) for name, size in signature.example_sizes.items()}
+    dims = {name: torch.export.Dim(name) for name in signature.free_axes}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
+        for spec in signature.inputs
+    )
+    example = tuple(
+        torch.zeros(spec.sized(sizes), dtype=spec.dtype, device=program.device) for spec in signature.inputs
+    )
+    was_training = program.training
+    program.eval()
+    try:
+        with torch.no_grad():
+            return torch.export.export(program.graph_module, example, dynamic_shapes=shapes or None, strict=False)
+    except (RuntimeError, ValueError, TypeError) as error:  # UserError and ConstraintViolation are such
+        raise ProgramError(f"The program cannot be exported again: {str(error).strip()[:600]}") from error
+    finally:
+        program.train(was_training)

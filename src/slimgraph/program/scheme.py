@@ -1,0 +1,93 @@
+"""How a tensor becomes integers: bits, sign, symmetry, granularity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimgraph.errors import ConfigError
+
+SMALLEST_SCALE = 1e-8
+"""A constant tensor has no spread; its scale is this, so that nothing divides by zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntScheme:
+    """Integer grid of a tensor: x ≈ scale * (code - zero_point)."""
+
+    bits: int = 8
+    """2 to 16. Fewer bits than the storage type use only the codes of `code_range`."""
+    signed: bool = True
+    """Codes are stored as int8 / int16, otherwise as uint8 / uint16."""
+    symmetric: bool = True
+    """The zero point is fixed: 0 for signed codes, the middle code for unsigned ones."""
+    narrow: bool = False
+    """Leave out the lowest code, so that x and -x round alike. Used for weights."""
+    axis: int | None = None
+    """The axis *kept*: one scale for each index of it; None is one scale for the tensor."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ConfigError(f"bits is {self.bits}; give 2 to 16.")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code, both used.
+
+        >>> IntScheme().code_range, IntScheme(narrow=True).code_range, IntScheme(signed=False).code_range
+        ((-128, 127), (-127, 127), (0, 255))
+        """
+        low = -(2 ** (self.bits - 1)) if self.signed else 0
+        return (low + (1 if self.narrow else 0), low + 2**self.bits - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the codes."""
+        if self.bits <= 8:
+            return torch.int8 if self.signed else torch.uint8
+        return torch.int16 if self.signed else torch.uint16
+
+    @property
+    def code_dtype_range(self) -> tuple[int, int]:
+        """Lowest and highest code that the storage type holds."""
+        info = torch.iinfo(self.dtype)
+        return (info.min, info.max)
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32) of the grid that covers the real interval from `low` to `high`.
+
+        Zero is always on the grid: the interval is extended to hold it. An empty interval gets `SMALLEST_SCALE`.
+        `low` and `high` have one element, or one for each index of `axis`; the results have the same shape.
+        """
+        first, last = self.code_range
+        low64, high64 = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+        if self.symmetric:
+            middle = 0 if self.signed else 2 ** (self.bits - 1)
+            reach = torch.maximum(-low64, high64)
+            scale = (reach / (last - middle)).clamp(min=SMALLEST_SCALE)
+            zero_point = torch.full_like(scale, middle)
+        else:
+            scale = ((high64 - low64) / (last - first)).clamp(min=SMALLEST_SCALE)
+            zero_point = (first - low64 / scale).round().clamp(first, last)
+        return scale.float(), zero_point.to(torch.int32)
+
+
+def _broadcast(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return values.reshape(())
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: IntScheme) -> Tensor:
+    """Codes of `x` in the scheme's storage type; ties go to even, as in ONNX QuantizeLinear, and codes saturate."""
+    first, last = scheme.code_range
+    code = torch.round(x / _broadcast(scale, x, scheme.axis)) + _broadcast(zero_point, x, scheme.axis)
+    return code.clamp(first, last).to(scheme.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: IntScheme) -> Tensor:
+    """Real values of `codes`, float32."""
+    shifted = codes.to(torch.int32) - _broadcast(zero_point, codes, scheme.axis)
+    return shifted.float() * _broadcast(scale, codes, scheme.axis)

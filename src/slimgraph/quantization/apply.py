@@ -1,0 +1,174 @@
+"""Write a plan into a program: quantize–dequantize pairs around values, integer weights."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators
+from torch import Tensor, fx
+
+import slimgraph.program.edit as edit
+from slimgraph.errors import ConfigError
+from slimgraph.program.names import layer_of, set_names, value_of
+from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.scheme import IntScheme, quantize
+from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
+
+_ops = torch.ops.quantized_decomposed
+
+_INT32_TOP = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    scale: float
+    zero_point: int
+    scheme: IntScheme
+
+
+def quantized_weight(weight: Tensor, scheme: IntScheme) -> tuple[Tensor, Tensor]:
+    """Codes and float32 scales of a weight on the symmetric grid that its largest magnitudes span."""
+    scale = weight_scale(weight, scheme)
+    return quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), scheme), scale
+
+
+def weight_scale(weight: Tensor, scheme: IntScheme) -> Tensor:
+    """Scale by the largest magnitude: one element, or one for each index of the scheme's axis."""
+    magnitude = weight.detach().abs()
+    if scheme.axis is None:
+        reach = magnitude.amax().reshape(1)
+    else:
+        reach = magnitude.amax(dim=[axis for axis in range(weight.dim()) if axis != scheme.axis])
+    return scheme.parameters(-reach, reach)[0]
+
+
+def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
+    """The program in deployment form: integer weights, and a quantize–dequantize pair at every planned value.
+
+    It evaluates what the target's integer kernels compute, and is not trained further.
+
+    Raises:
+        ConfigError: the plan has no ranges yet, or speaks of another program.
+    """
+    if plan.activations and not plan.ranges:
+        raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
+    missing = sorted({a.value for a in plan.activations} - program.values.keys())
+    if missing:
+        raise ConfigError(f"The plan speaks of the value {missing[0]!r}, which this program does not have.")
+    quantized = program.copy()
+    grids = _grids(plan)
+    values = quantized.values
+    for weight in plan.weights:
+        _quantize_layer(quantized, values[weight.value], weight, grids[weight.input])
+    for activation in plan.activations:
+        _quantize_value(values[activation.value], grids[activation.value], plan.consumers.get(activation.value))
+    for name, top in plan.rectifiers.items():
+        # The range ends at or below the cut, so saturation does what the function did.
+        if (
+            name in grids
+            and grids[name].zero_point == grids[name].scheme.code_range[0]
+            and _reach(grids[name]) <= top * (1 + 1e-6)
+        ):
+            _bypass(values[name])
+    edit.finish(quantized)
+    parameters: dict[str, Json] = {
+        "target": plan.target,
+        "activations": len(plan.activations),
+        "weights": len(plan.weights),
+        "kept_float": len(plan.kept_float),
+    }
+    return quantized.with_history(HistoryEntry(step="quantize", parameters=parameters))
+
+
+def _grids(plan: QuantizationPlan) -> dict[str, _Grid]:
+    grids = {}
+    for activation in plan.activations:
+        low, high = plan.ranges[activation.range_of]
+        scale, zero_point = activation.scheme.parameters(torch.tensor(low), torch.tensor(high))
+        grids[activation.value] = _Grid(scale.item(), int(zero_point.item()), activation.scheme)
+    return grids
+
+
+def _reach(grid: _Grid) -> float:
+    return (grid.scheme.code_range[1] - grid.zero_point) * grid.scale
+
+
+def _bypass(node: fx.Node) -> None:
+    """Take an activation function out; the value keeps its name, now made by the operator before it."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    name, layer = value_of(node), layer_of(node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+    set_names(source, layer=layer_of(source) or layer, value=value_of(source) or name)
+
+
+def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | None) -> None:
+    codes = (grid.scale, grid.zero_point, *grid.scheme.code_range, grid.scheme.dtype)
+    readers = [user for user in node.users if consumers is None or value_of(user) in consumers]
+    code = edit.insert_after(
+        node, _ops.quantize_per_tensor.default, (node, *codes), value=f"{value_of(node)}/quantized"
+    )
+    back = edit.insert_after(
+        code, _ops.dequantize_per_tensor.default, (code, *codes), value=f"{value_of(node)}/dequantized"
+    )
+    for reader in readers:
+        reader.replace_input_with(node, back)
+
+
+def _quantize_layer(program: Program, node: fx.Node, plan: WeightQuantizer, source: _Grid) -> None:
+    weight = edit.tensor_named(program.graph_module, plan.weight)
+    scale = weight_scale(weight, plan.scheme)
+    bias_node = edit.arguments(node)["bias"]
+    bias = edit.constant_of(program.graph_module, bias_node)
+    if plan.integer_bias and bias is not None:
+        scale = _room_for_bias(scale, bias, source.scale)
+    codes = quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), plan.scheme)
+    node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme))
+    if plan.integer_bias and bias is not None:
+        bias_scale = (scale.double() * source.scale).float()
+        bias_codes = (
+            (bias.detach().double() / bias_scale.double()).round().clamp(-_INT32_TOP, _INT32_TOP).to(torch.int32)
+        )
+        grid = IntScheme(bits=16, axis=None if plan.scheme.axis is None else 0)  # int32: the scheme only gives the axis
+        new = _dequantized(program, node, bias_node, bias_codes, bias_scale, grid)
+        node.args = (*node.args[:2], new, *node.args[3:])
+
+
+def _room_for_bias(scale: Tensor, bias: Tensor, input_scale: float) -> Tensor:
+    """Weight scales so wide that bias / (input scale × weight scale) fits into 31 bits.
+
+    A channel with next to no weight has a scale near zero, and its bias would overflow; its weights lose nothing that
+    the bias does not outweigh by far.
+    """
+    least = bias.detach().double().abs() / (input_scale * (_INT32_TOP // 2))
+    if scale.numel() == 1:
+        least = least.max().reshape(1)
+    return torch.maximum(scale.double(), least).float()
+
+
+def _dequantized(
+    program: Program, user: fx.Node, tensor_node: object, codes: Tensor, scale: Tensor, scheme: IntScheme
+) -> fx.Node:
+    """A node that gives back the real values of integer codes; the codes take the place of the float tensor."""
+    assert isinstance(tensor_node, fx.Node)
+    name = str(tensor_node.target)
+    if len(tensor_node.users) > 1 or _readers(program, name) > 1:
+        name = f"{name}_of_{value_of(user).replace('.', '_').replace('/', '_').replace(':', '_')}"
+    source = edit.read_tensor(program, name, codes, trainable=False)
+    first, last = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
+    with user.graph.inserting_before(user):
+        if scheme.axis is None:
+            arguments = (source, scale.item(), 0, first, last, codes.dtype)
+            back = user.graph.call_function(_ops.dequantize_per_tensor.default, arguments)
+        else:
+            scales = edit.read_tensor(program, f"{name}_scale", scale)
+            zeros = edit.read_tensor(program, f"{name}_zero_point", torch.zeros_like(scale, dtype=codes.dtype))
+            back = user.graph.call_function(
+                _ops.dequantize_per_channel.default, (source, scales, zeros, scheme.axis, first, last, codes.dtype)
+            )
+    set_names(back, layer=layer_of(user), value=f"{name}/dequantized")
+    return back
+
+
+def _readers(program: Program, name: str) -> int:
+    return sum(1 for node in program.graph.nodes if node.op == "get_attr" and node.target == name and node.users)

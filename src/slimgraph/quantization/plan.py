@@ -1,0 +1,371 @@
+"""Decide which values and weights of a program become integers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+import slimgraph.deploy.targets as kinds
+from slimgraph.deploy.targets import Target, target_named
+from slimgraph.errors import ConfigError
+from slimgraph.program import edit
+from slimgraph.program.names import value_of
+from slimgraph.program.program import Json, Program
+from slimgraph.program.scheme import IntScheme
+from slimgraph.program.select import select
+from slimgraph.quantization.operators import (
+    WEIGHT_AXIS,
+    data_inputs,
+    kind_of,
+    pools_whole_images,
+    rectified_range,
+    weight_of,
+)
+from slimgraph.table import text_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationQuantizer:
+    """A value that becomes integers."""
+
+    value: str
+    scheme: IntScheme
+    everywhere: bool
+    """Everything that reads the value reads the quantized one; otherwise only the operators that run in integers."""
+    range_of: str
+    """The value whose range sets the scale: itself, or the one with which it shares a scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightQuantizer:
+    """A convolution or linear layer whose weight becomes integers."""
+
+    value: str
+    """Name of the value that the layer produces."""
+    weight: str
+    """Qualified name of the weight."""
+    scheme: IntScheme
+    input: str
+    """The quantized value that the layer reads."""
+    integer_bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationPlan:
+    """What a quantization does to a program; without `ranges` it is a proposal, with them it can be applied."""
+
+    target: str
+    activations: tuple[ActivationQuantizer, ...]
+    weights: tuple[WeightQuantizer, ...]
+    consumers: Mapping[str, tuple[str, ...]]
+    """For values that are not quantized everywhere: the values of the operators that read the quantized one."""
+    rectifiers: Mapping[str, float]
+    """Activation functions that may be left out where the range performs them, with the value above which they cut."""
+    kept_float: Mapping[str, str]
+    """Operators that could run in integers elsewhere but not here, and why."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Lowest and highest real value, by the value that owns the range."""
+
+    def table(self) -> str:
+        """The plan as text: a line for each weight, and what stays in float."""
+        rows = [
+            (w.value, w.weight, f"int{w.scheme.bits}" + (" per channel" if w.scheme.axis is not None else ""), w.input)
+            for w in self.weights
+        ]
+        lines = [text_table(("layer", "weight", "as", "reads"), rows)]
+        lines += [f"{len(self.activations)} values are quantized for {self.target}."]
+        lines += [f"{name} stays float: {why}." for name, why in self.kept_float.items()]
+        return "\n".join(lines)
+
+    def with_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> "QuantizationPlan":
+        """The plan with measured ranges."""
+        missing = sorted({a.range_of for a in self.activations} - ranges.keys())
+        if missing:
+            raise ConfigError(f"The ranges lack {len(missing)} values, the first is {missing[0]!r}.")
+        return replace(self, ranges=dict(ranges))
+
+    def range_owners(self) -> dict[str, tuple[str, ...]]:
+        """Values whose statistics make each range, by the value that owns the range."""
+        owners: dict[str, list[str]] = {}
+        for quantizer in self.activations:
+            owners.setdefault(quantizer.range_of, []).append(quantizer.value)
+        return {owner: tuple(dict.fromkeys((owner, *members))) for owner, members in owners.items()}
+
+    def to_json(self) -> str:
+        """The plan as JSON text, which `plan_from_json` reads."""
+
+        def scheme(s: IntScheme) -> Json:
+            return {"bits": s.bits, "signed": s.signed, "symmetric": s.symmetric, "narrow": s.narrow, "axis": s.axis}
+
+        return json.dumps(
+            {
+                "target": self.target,
+                "activations": [
+                    {"value": a.value, "scheme": scheme(a.scheme), "everywhere": a.everywhere, "range_of": a.range_of}
+                    for a in self.activations
+                ],
+                "weights": [
+                    {
+                        "value": w.value,
+                        "weight": w.weight,
+                        "scheme": scheme(w.scheme),
+                        "input": w.input,
+                        "integer_bias": w.integer_bias,
+                    }
+                    for w in self.weights
+                ],
+                "consumers": {name: list(readers) for name, readers in self.consumers.items()},
+                "rectifiers": {name: None if top == float("inf") else top for name, top in self.rectifiers.items()},
+                "kept_float": dict(self.kept_float),
+                "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
+            },
+            indent=1,
+        )
+
+
+def plan_quantization(
+    program: Program,
+    *,
+    target: str | Target = "onnxruntime",
+    skip: Sequence[str] = (),
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+) -> QuantizationPlan:
+    """Where a target wants quantizers in a program; nothing is measured yet.
+
+    Fold batch norms before: a layer whose output still runs through one is no integer kernel anywhere.
+
+    Args:
+        skip: layers that stay float, as `select` takes them.
+        weight_bits, activation_bits: other widths than the target's; refused where its kernels have none such.
+    Raises:
+        UnknownNameError: no such target, or a pattern in `skip` matches nothing.
+        ConfigError: the target has no kernel of that width.
+    """
+    chosen = target_named(target) if isinstance(target, str) else target
+    chosen = _with_bits(chosen, weight_bits, activation_bits)
+    skipped = set(select(program, list(skip))) if skip else set()
+    return _Placement(program, chosen, skipped).plan()
+
+
+def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | None) -> Target:
+    wanted_weight = replace(target.weight, bits=weight_bits or target.weight.bits)
+    wanted_activation = replace(target.activation, bits=activation_bits or target.activation.bits)
+    # Narrower grids live in the same storage type; wider ones need kernels that only a simulation has.
+    for kind, wanted, own in (
+        ("weight", wanted_weight, target.weight),
+        ("activation", wanted_activation, target.activation),
+    ):
+        if target.name != "simulate" and wanted.bits > own.bits:
+            raise ConfigError(
+                f"{kind}_bits is {wanted.bits}, but target {target.name!r} computes with {own.bits} bits at most."
+            )
+    return replace(target, weight=wanted_weight, activation=wanted_activation)
+
+
+class _Placement:
+    """One run of the placement: marks grow until nothing changes, then become a plan.
+
+    `quantized` holds the nodes whose value is replaced by its quantized form for every reader; `branch` those that only
+    their integer readers see quantized, because the float value is at hand and better.
+    """
+
+    def __init__(self, program: Program, target: Target, skipped: set[str]) -> None:
+        self.program = program
+        self.target = target
+        self.skipped = skipped
+        self.nodes = list(program.graph.nodes)
+        self.outputs = set(program.graph.output_node().all_input_nodes)
+        self.quantized: set[fx.Node] = set()
+        self.branch: dict[fx.Node, list[fx.Node]] = {}
+        self.shares: dict[fx.Node, fx.Node] = {}
+        self.rectifiers: dict[fx.Node, float] = {}
+        self.kept_float: dict[str, str] = {}
+        self.anchors = [node for node in self.nodes if self._is_anchor(node)]
+        self.integer: set[fx.Node] = set(self.anchors)
+
+    def plan(self) -> QuantizationPlan:
+        for node in self.anchors:
+            if kind_of(node) in self.target.output_quantized:
+                self.quantized.add(self._carrier(node))
+        while self._grow():
+            pass
+        for node in self.nodes:
+            if node in self.integer:
+                for source in data_inputs(self.program, node):
+                    if source not in self.quantized:
+                        padded = node.args[0] if source not in node.all_input_nodes else node
+                        self.branch.setdefault(source, []).append(padded)  # type: ignore[arg-type]
+        return self._written()
+
+    # What is worth computing in integers
+
+    def _is_anchor(self, node: fx.Node) -> bool:
+        kind = kind_of(node)
+        if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
+            return False
+        name = value_of(node)
+        if name in self.skipped:
+            self.kept_float[name] = "it was asked to"
+        elif kind not in self.target.anchors:
+            self.kept_float[name] = f"{self.target.name} has no integer kernel for a {kind.replace('_', ' ')}"
+        elif kind in WEIGHT_AXIS and weight_of(self.program, node) is None:
+            self.kept_float[name] = "its weight is computed in the graph"
+        elif kind == kinds.MATMUL and len(data_inputs(self.program, node)) < 2:
+            self.kept_float[name] = "one side is a constant"
+        elif not _is_float32(node):
+            self.kept_float[name] = "it does not compute in float32"
+        else:
+            return True
+        return False
+
+    def _carrier(self, node: fx.Node) -> fx.Node:
+        """The node whose value the kernel of `node` writes: itself, or the activation function fused behind it."""
+        readers = list(node.users)
+        if len(readers) == 1 and node not in self.outputs and (interval := rectified_range(readers[0])) is not None:
+            self.rectifiers[readers[0]] = interval[1]
+            return readers[0]
+        return node
+
+    # Growth: operators between integer operators run in integers as well
+
+    def _grow(self) -> bool:
+        before = (len(self.quantized), len(self.integer))
+        for node in self.nodes:
+            kind = kind_of(node)
+            if node in self.integer or value_of(node) in self.skipped or kind is None or not _is_float32(node):
+                continue
+            if kind in self.target.joins:
+                self._try_join(node, kind)
+            elif kind in self.target.passing:
+                self._try_pass(node)
+        return before != (len(self.quantized), len(self.integer))
+
+    def _try_join(self, node: fx.Node, kind: str) -> None:
+        sources = data_inputs(self.program, node)
+        wanted = len(node.args[0]) if kind == kinds.CONCAT else 1 if kind == kinds.GLOBAL_AVERAGE_POOL else 2  # type: ignore[arg-type]
+        if len(sources) != wanted:
+            return  # a constant side would need integers of its own
+        if kind == kinds.GLOBAL_AVERAGE_POOL and not pools_whole_images(node):
+            return
+        ready = [source for source in sources if self._is_ready(source)]
+        # A gate (squeeze-excite) is small: quantizing it lets the large side stay integer. Two large float sides stay.
+        large = max(_elements(source) for source in sources)
+        if len(ready) < len(sources) and not (
+            kind == kinds.MULTIPLY
+            and any(_elements(source) == large for source in ready)
+            and self._feeds_integers(node)
+        ):
+            return
+        if kind in (kinds.CONCAT, kinds.GLOBAL_AVERAGE_POOL) and not self._feeds_integers(node):
+            return
+        carrier = self._carrier(node)
+        self.integer.add(node)
+        self.quantized.update(sources)
+        self.quantized.add(carrier)
+        if kind == kinds.CONCAT and self.target.concat_shares_scale:
+            for source in sources:
+                if all(reader is node for reader in source.users) and source not in self.shares:
+                    self.shares[source] = carrier
+
+    def _is_ready(self, source: fx.Node) -> bool:
+        """Whether the value is quantized already, or will be for the sake of an integer operator that reads it."""
+        return source in self.quantized or any(
+            reader in self.integer and source in data_inputs(self.program, reader)
+            for user in source.users
+            for reader in (user, *user.users)
+        )
+
+    def _try_pass(self, node: fx.Node) -> None:
+        sources = data_inputs(self.program, node)
+        if len(sources) != 1 or not self._feeds_integers(node):
+            return
+        if any(
+            node in reader.all_input_nodes and sources == data_inputs(self.program, reader) for reader in node.users
+        ):
+            return  # padding that belongs to the convolution behind it
+        source = sources[0]
+        if source in self.quantized or source in self.integer:
+            self.integer.add(node)
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                self.quantized.add(node)
+                self.shares[node] = source if source in self.quantized else source.args[0]  # type: ignore[assignment]
+
+    def _feeds_integers(self, node: fx.Node) -> bool:
+        """Whether an integer operator reads the value, directly or through operators that could be integer too."""
+        pending, seen = [node], {node}
+        while pending:
+            for reader in pending.pop().users:
+                if reader in self.integer:
+                    return True
+                if reader not in seen and (
+                    rectified_range(reader) is not None or kind_of(reader) in self.target.passing | self.target.joins
+                ):
+                    seen.add(reader)
+                    pending.append(reader)
+        return False
+
+    # The result
+
+    def _written(self) -> QuantizationPlan:
+        quantized = [node for node in self.nodes if node in self.quantized or node in self.branch]
+        activations = tuple(
+            ActivationQuantizer(
+                value=value_of(node),
+                scheme=self.target.activation,
+                everywhere=node in self.quantized,
+                range_of=value_of(self._owner(node)),
+            )
+            for node in quantized
+        )
+        weights = tuple(self._weight(node) for node in self.anchors if kind_of(node) in WEIGHT_AXIS)
+        droppable = {
+            node: top
+            for node, top in self.rectifiers.items()
+            if node in self.quantized and self.target.drops_activations
+        }
+        return QuantizationPlan(
+            target=self.target.name,
+            activations=activations,
+            weights=weights,
+            consumers={value_of(node): tuple(map(value_of, readers)) for node, readers in self.branch.items()},
+            rectifiers={value_of(node): top for node, top in droppable.items()},
+            kept_float=self.kept_float,
+        )
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        while node in self.shares:
+            node = self.shares[node]
+        return node
+
+    def _weight(self, node: fx.Node) -> WeightQuantizer:
+        kind = kind_of(node)
+        assert kind is not None
+        weight = weight_of(self.program, node)
+        assert weight is not None
+        grouped = kind == kinds.TRANSPOSED_CONVOLUTION and edit.arguments(node)["groups"] != 1
+        axis = WEIGHT_AXIS[kind] if self.target.weight_per_channel and not grouped else None
+        return WeightQuantizer(
+            value=value_of(node),
+            weight=weight,
+            scheme=replace(self.target.weight, axis=axis),
+            input=value_of(data_inputs(self.program, node)[0]),
+            integer_bias=self.target.integer_bias,
+        )
+
+
+def _is_float32(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, torch.Tensor) and item.dtype == torch.float32 for item in value)
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta["val"]
+    count = 1
+    for size in value.shape:
+        count *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return count
