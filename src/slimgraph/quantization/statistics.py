@@ -1,0 +1,147 @@
+"""What calibration keeps of a value: one pass over the data, constant memory."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimgraph.errors import CalibrationError
+from slimgraph.quantization.density import Density
+from slimgraph.quantization.histogram import BINS, CACHED, StreamingHistogram
+
+
+class ValueStatistics:
+    """Statistics of one value of a program, from which every range algorithm reads.
+
+    Sums are float64, counts exact; neither the order nor the size of the batches matters, except for the rounding of
+    the sums. With `histogram=False` the algorithms abs_max, min_max and avg remain, at a fifth of the time.
+    """
+
+    __slots__ = (
+        "batches",
+        "count",
+        "histogram",
+        "maximum",
+        "minimum",
+        "sample_abs_max_sum",
+        "sample_max_sum",
+        "sample_min_sum",
+        "samples",
+        "square_sum",
+        "sum",
+    )
+
+    def __init__(self, *, histogram: bool = True) -> None:
+        self.batches = 0
+        self.samples = 0
+        self.count = 0
+        self.minimum = math.inf
+        self.maximum = -math.inf
+        self.sum = 0.0
+        self.square_sum = 0.0
+        self.sample_min_sum = 0.0
+        self.sample_max_sum = 0.0
+        self.sample_abs_max_sum = 0.0
+        self.histogram = StreamingHistogram() if histogram else None
+
+    @torch.no_grad()
+    def update(self, x: Tensor, *, name: str) -> None:
+        """Take in one batch, samples along axis 0; a tensor without elements is skipped, a scalar is one sample.
+
+        The elements are read as float32. `name` is the value's, for the error.
+
+        Raises:
+            CalibrationError: NaN or infinity in the batch; the statistics stay as they were.
+        """
+        batch = self.batches
+        self.batches += 1
+        if x.numel() == 0:
+            return
+        x = x.reshape(len(x) if x.dim() else 1, -1) if x.dim() < 2 else x
+        dims = tuple(range(1, x.dim()))
+        min_N, max_N = x.amin(dims).double(), x.amax(dims).double()
+        minimum, maximum = float(min_N.amin().float()), float(max_N.amax().float())
+        if not math.isfinite(minimum) or not math.isfinite(maximum):  # amin and amax hand NaN on
+            what = "NaN" if math.isnan(minimum) or math.isnan(maximum) else "an infinity"
+            raise CalibrationError(
+                f"The value {name!r} holds {what} in calibration batch {batch} (counted from 0). Every value must be a "
+                "finite float32: look for broken samples there, or check that the float model is sound on them."
+            )
+        self.samples += len(x)
+        self.count += x.numel()
+        self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
+        self.sample_min_sum += float(min_N.sum())
+        self.sample_max_sum += float(max_N.sum())
+        self.sample_abs_max_sum += float(torch.maximum(-min_N, max_N).sum())
+        if self.histogram is not None:
+            self.histogram.cover(max(-minimum, maximum))
+        for block in _blocks(x):
+            self._add_moments(block)
+            if self.histogram is not None:
+                self.histogram.add(block, signed=minimum < 0)
+
+    def _add_moments(self, block: Tensor) -> None:
+        size = min(CACHED, len(block)) if block.device.type == "cpu" else len(block)
+        wide = torch.empty_like(block[:size], dtype=torch.float64)
+        for start in range(0, len(block), size):
+            piece = block[start : start + size]
+            piece64 = wide[: len(piece)].copy_(piece)
+            self.sum += float(piece64.sum())
+            self.square_sum += float(piece64.dot(piece64))
+
+    def merge(self, other: "ValueStatistics") -> None:
+        """Take in what `other` has seen of the same value; `other` stays as it is."""
+        assert (self.histogram is None) == (other.histogram is None)
+        self.batches += other.batches
+        self.samples += other.samples
+        self.count += other.count
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.sum += other.sum
+        self.square_sum += other.square_sum
+        self.sample_min_sum += other.sample_min_sum
+        self.sample_max_sum += other.sample_max_sum
+        self.sample_abs_max_sum += other.sample_abs_max_sum
+        if self.histogram is not None and other.histogram is not None:
+            self.histogram.merge(other.histogram)
+
+    @property
+    def abs_max(self) -> float:
+        """max|x|."""
+        return max(-self.minimum, self.maximum)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the elements."""
+        return self.sum / self.count
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the elements, divided by their number, not by one less."""
+        return math.sqrt(max(self.square_sum / self.count - self.mean**2, 0.0))
+
+    def density(self, *, absolute: bool = False) -> Density:
+        """Distribution of x, or of |x|, within one bin of the histogram."""
+        assert self.histogram is not None, "these statistics were made without a histogram"
+        counts = self.histogram.counts.astype(np.float64)
+        if absolute:
+            counts = counts[BINS:] + counts[BINS - 1 :: -1]
+            first, low, high = 0, 0.0, self.abs_max
+        else:
+            first, low, high = -BINS, self.minimum, self.maximum
+        occupied = np.flatnonzero(counts)
+        begin, end = (0 if absolute else occupied[0]), occupied[-1] + 1
+        edges = np.arange(first + begin, first + end + 1, dtype=np.float64) * self.histogram.width
+        edges[0], edges[-1] = low, high
+        return Density(edges, counts[begin:end])
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """Flat float32 pieces of `x`: views where it is float32 in one piece already, otherwise small copies."""
+    size = 2**20 if x.device.type == "cpu" else 2**24
+    rows = max(1, size // x[0].numel())
+    for row in range(0, len(x), rows):
+        flat = x[row : row + rows].reshape(-1)
+        for start in range(0, len(flat), size):
+            yield flat[start : start + size].float()
