@@ -93,3 +93,20 @@ def test_autocast_that_is_switched_off_inside_a_module_is_inlined():
 
     model, x = Careful().eval(), torch.randn(3, 4)
     assert torch.equal(capture(model, x)(x), model(x))
+
+
+# --- names ---
+
+
+def test_inputs_are_values_under_the_names_of_the_signature():
+    class Nested(nn.Module):
+        def forward(self, input, past):
+            return input + past["key"][0]
+
+    program = capture(Nested(), (torch.zeros(1, 4), {"key": [torch.zeros(1, 4)]}))
+    assert [spec.name for spec in program.signature.inputs] == ["input", "past.key.0"]
+    assert list(program.values) == ["input", "past.key.0", "add_0"]
+
+
+def test_a_module_without_parts_names_its_operators():
+    assert list(capture(nn.Linear(4, 2), torch.zeros(1, 4)).values) == ["input", "linear_0"]

@@ -59,7 +59,7 @@ def _produces_tensors(node: fx.Node) -> bool:
 
 
 def name_captured_graph(graph: fx.Graph, leaf_modules: Collection[str]) -> None:
-    """Name the values of a freshly captured graph after the modules that made them.
+    """Name the values of a freshly captured graph, whose inputs have names, after the modules that made them.
 
     A module without children names the value that it returns: `conv1`, and `conv1:2` for its second call. Every other
     operator is `path/op_i`, the i-th operator of that kind inside the module at `path` (`op_i` at the top).
@@ -69,14 +69,11 @@ def name_captured_graph(graph: fx.Graph, leaf_modules: Collection[str]) -> None:
         if _produces_tensors(node):
             path, key = _innermost_module(node)
             calls[path].setdefault(key, []).append(node)
-    taken: set[str] = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            set_names(node, layer="", value=str(node.target))
+    taken = set(values_of(graph.nodes))
     for path, by_call in calls.items():
         counts: Counter[str] = Counter()
         for index, nodes in enumerate(by_call.values(), start=1):
-            returned = nodes[-1] if path in leaf_modules else None
+            returned = nodes[-1] if path and path in leaf_modules else None
             for node in nodes:
                 if node is returned:
                     value = path if index == 1 else f"{path}:{index}"
