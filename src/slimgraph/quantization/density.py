@@ -41,7 +41,7 @@ class Density:
         return mass, sums
 
     def rebinned(self, low: float, high: float, bins: int) -> Floats:
-        """Counts in `bins` equal bins from `low` to `high`; they are fractional where a bin of ours is split."""
+        """Counts in `bins` equal bins from `low` to `high`, between which all elements lie; they are whole numbers."""
         mass, _ = self.below(np.linspace(low, high, bins + 1))
         mass[0], mass[-1] = 0.0, self.mass_at_edges[-1]
-        return np.diff(mass)
+        return np.diff(np.rint(mass))  # an element is in one bin: which bins are empty matters to the KL divergence

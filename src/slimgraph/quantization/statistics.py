@@ -1,7 +1,8 @@
 """What calibration keeps of a value: one pass over the data, constant memory."""
 
 import math
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError
 from slimgraph.quantization.density import Density
-from slimgraph.quantization.histogram import BINS, CACHED, StreamingHistogram
+from slimgraph.quantization.histogram import BINS, Counts, StreamingHistogram, pieces
 
 
 class ValueStatistics:
@@ -77,19 +78,26 @@ class ValueStatistics:
         self.sample_abs_max_sum += float(torch.maximum(-min_N, max_N).sum())
         if self.histogram is not None:
             self.histogram.cover(max(-minimum, maximum))
-        for block in _blocks(x):
-            self._add_moments(block)
-            if self.histogram is not None:
-                self.histogram.add(block, signed=minimum < 0)
+        blocks = _blocks(x.detach())
+        threads = min(len(blocks), torch.get_num_threads()) if x.device.type == "cpu" else 1
+        with ThreadPoolExecutor(threads) as pool:
+            tallies = (pool.map if threads > 1 else map)(partial(self._tally, signed=minimum < 0), blocks)
+            for block_sum, block_square_sum, counts in tallies:
+                self.sum += block_sum
+                self.square_sum += block_square_sum
+                if self.histogram is not None and counts is not None:
+                    self.histogram.counts += counts
 
-    def _add_moments(self, block: Tensor) -> None:
-        size = min(CACHED, len(block)) if block.device.type == "cpu" else len(block)
-        wide = torch.empty_like(block[:size], dtype=torch.float64)
-        for start in range(0, len(block), size):
-            piece = block[start : start + size]
+    def _tally(self, block: Tensor, *, signed: bool) -> tuple[float, float, Counts | None]:
+        flat = block.reshape(-1).float()
+        wide = torch.empty_like(next(pieces(flat)), dtype=torch.float64)
+        total = square_total = 0.0
+        for piece in pieces(flat):
             piece64 = wide[: len(piece)].copy_(piece)
-            self.sum += float(piece64.sum())
-            self.square_sum += float(piece64.dot(piece64))
+            total += float(piece64.sum())
+            square_total += float(piece64.square_().sum())
+        counts = None if self.histogram is None else self.histogram.counts_of(flat, signed=signed)
+        return total, square_total, counts
 
     def merge(self, other: "ValueStatistics") -> None:
         """Take in what `other` has seen of the same value; `other` stays as it is."""
@@ -137,11 +145,8 @@ class ValueStatistics:
         return Density(edges, counts[begin:end])
 
 
-def _blocks(x: Tensor) -> Iterator[Tensor]:
-    """Flat float32 pieces of `x`: views where it is float32 in one piece already, otherwise small copies."""
+def _blocks(x: Tensor) -> list[Tensor]:
+    """Views of whole samples, or of parts of one, with so few elements that a copy of a block costs little memory."""
     size = 2**20 if x.device.type == "cpu" else 2**24
     rows = max(1, size // x[0].numel())
-    for row in range(0, len(x), rows):
-        flat = x[row : row + rows].reshape(-1)
-        for start in range(0, len(flat), size):
-            yield flat[start : start + size].float()
+    return [x[row : row + rows] for row in range(0, len(x), rows)]
