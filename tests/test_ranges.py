@@ -110,6 +110,8 @@ def test_kl_without_candidate_falls_back_to_the_last_filled_bin_below():
     assert bins_to_keep(counts, levels=3, at_least=7) == 2
     counts[2] = 0.0
     assert bins_to_keep(counts, levels=3, at_least=7) == 15  # all are in the last bin: nothing is clipped
+    counts[0] = 5.0
+    assert bins_to_keep(counts, levels=3, at_least=7) == 15  # zeros and ones
 
 
 def test_mse_clips_one_outlier_to_spare_a_thousand_elements():
@@ -285,9 +287,11 @@ def test_divergences_by_cumulative_sums_are_those_of_the_documented_loop(counts,
 @settings(max_examples=40, deadline=None)
 @given(sparse_counts, st.floats(0.0, 1.0), st.integers(1, 6))
 def test_a_span_keeps_half_of_each_side_where_it_can(counts, zero, levels):
-    counts = np.array(counts, dtype=np.float64) + 1.0  # no empty bin, so there are candidates
+    counts = np.array(counts, dtype=np.float64)
     zero = zero * len(counts)
     begin, end = span_to_keep(counts, levels=levels, zero=zero)
+    assert 0 <= begin < end <= len(counts)
+    begin, end = span_to_keep(counts + 1.0, levels=levels, zero=zero)  # no empty bin, so there are candidates
     assert 0 <= begin < end <= len(counts)
     assert begin < zero / 2 + 2  # half a bin is rounded down on each side
     assert end > zero + (len(counts) - zero) / 2 - 2
@@ -372,6 +376,15 @@ def test_a_constant_keeps_its_range_within_a_bin(algorithm, scheme, constant):
     low, high = range_of(algorithm, torch.full((2, 50), constant), scheme=scheme)
     assert (high if constant > 0 else low) == pytest.approx(constant, rel=1 / 2048)
     assert (low if constant > 0 else high) == (pytest.approx(-constant, rel=1 / 2048) if scheme.symmetric else 0.0)
+
+
+@pytest.mark.parametrize("algorithm", sorted(set(ALL) - {"avg"}))
+@pytest.mark.parametrize("scheme", [SYMMETRIC, ASYMMETRIC])
+def test_zeros_and_ones_are_told_apart(algorithm, scheme):
+    x = (torch.arange(1000) % 3 == 0).float().reshape(10, 100)
+    for values in (x, -x):
+        kept = quantized(values, range_of(algorithm, values, scheme=scheme), scheme)
+        assert (kept - values).abs().max() <= 0.01  # a step or two at 8 bits
 
 
 @pytest.mark.parametrize("algorithm", ALL)

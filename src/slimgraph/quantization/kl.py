@@ -49,14 +49,14 @@ def divergences(counts: Floats, *, levels: int, outliers_below: float = 0.0) -> 
 def bins_to_keep(counts: Floats, *, levels: int, at_least: int, outliers_below: float = 0.0) -> int:
     """The i from `at_least` to len(counts) - 1 with the smallest of `divergences`; the first, if several.
 
-    Without any candidate it is the index of the last non-empty bin up to `at_least`, and if there is none either
-    (all elements are in bins above it), len(counts) - 1.
+    Without any candidate it is the index of the last non-empty bin up to `at_least`, bin 0 left out. If there is none
+    either, it is len(counts) - 1: a value of zeros and ones keeps its ones.
     """
     candidates = divergences(counts, levels=levels, outliers_below=outliers_below)[at_least:]
     if np.isfinite(candidates).any():
         return at_least + int(np.argmin(candidates))
-    lower = np.flatnonzero(counts[: at_least + 1])
-    return int(lower[-1]) if len(lower) else len(counts) - 1
+    lower = np.flatnonzero(counts[1 : at_least + 1])
+    return 1 + int(lower[-1]) if len(lower) else len(counts) - 1
 
 
 def span_to_keep(counts: Floats, *, levels: int, zero: float) -> tuple[int, int]:
@@ -74,16 +74,13 @@ def span_to_keep(counts: Floats, *, levels: int, zero: float) -> tuple[int, int]
     for _ in range(4 if 0 < zero < bins else 1):
         before = (begin, end)
         if zero < bins:
-            end = begin + bins_to_keep(
-                counts[begin:], levels=levels, at_least=at_least_above - begin, outliers_below=counts[:begin].sum()
-            )
+            at_least = max(at_least_above - begin, 1)
+            clipped = counts[:begin].sum()
+            end = begin + bins_to_keep(counts[begin:], levels=levels, at_least=at_least, outliers_below=clipped)
         if zero > 0:
-            begin = end - bins_to_keep(
-                counts[:end][::-1],
-                levels=levels,
-                at_least=at_least_below - (bins - end),
-                outliers_below=counts[end:].sum(),
-            )
+            at_least = max(at_least_below - (bins - end), 1)
+            clipped = counts[end:].sum()
+            begin = end - bins_to_keep(counts[:end][::-1], levels=levels, at_least=at_least, outliers_below=clipped)
         if before == (begin, end):
             break
     return begin, end
