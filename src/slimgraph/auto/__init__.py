@@ -1,0 +1,1 @@
+"""Compression from end to end: decide, calibrate, write, check, measure, report."""

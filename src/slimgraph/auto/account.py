@@ -1,0 +1,91 @@
+"""Give an account of a compression: the report, and the line in the program's history."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from slimgraph.auto.layers import layer_rows, range_histograms
+from slimgraph.auto.measurements import Measurements
+from slimgraph.deploy.kernels import KernelCount
+from slimgraph.program.count import Count, count
+from slimgraph.program.program import Program
+from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.statistics import ValueStatistics
+from slimgraph.report.content import Notice, Report
+from slimgraph.report.environment import read_environment
+from slimgraph.report.facts import IntegerKernels, ModelFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A quantized program and how it came about."""
+
+    program: Program
+    original: Program
+    """The float program that the plan speaks of."""
+    plan: QuantizationPlan
+    """With ranges."""
+    statistics: Mapping[str, ValueStatistics]
+    algorithm: str
+    """What chose the ranges."""
+    samples: int
+    """Of calibration data."""
+
+
+def with_result(quantized: Quantized, found: Measurements) -> Program:
+    """The program, its history told what was measured."""
+    *before, last = quantized.program.history
+    told = replace(
+        last,
+        parameters={**last.parameters, "algorithm": quantized.algorithm, "samples": quantized.samples},
+        result={
+            "metric": found.metric.name,
+            "before": found.metric.before,
+            "after": found.metric.after,
+            "samples": found.metric.samples,
+            "latency_ratio": found.latency.latency_ratio,
+            "size_ratio": found.size_bytes_after / found.size_bytes_before,
+        },
+    )
+    return Program(quantized.program.graph_module, quantized.program.signature, (*before, told))
+
+
+def report_of(
+    quantized: Quantized, found: Measurements, notices: tuple[Notice, ...], *, title: str, command: str, after: Program
+) -> Report:
+    """The report of a compression; `after` is the program with its result."""
+    before_count, after_count = count(quantized.original), count(after)
+    return Report(
+        title=title,
+        original=_facts("float", found.size_bytes_before, before_count, found.kernels_before),
+        compressed=_facts("int8", found.size_bytes_after, after_count, found.kernels_after),
+        metric=found.metric,
+        latency=found.latency,
+        environment=read_environment(),
+        command=command,
+        created=datetime.now(UTC).replace(microsecond=0),
+        layers=layer_rows(quantized.original, quantized.plan, before_count, after_count, found.comparison),
+        histograms=range_histograms(
+            quantized.plan, quantized.statistics, found.comparison, algorithm=quantized.algorithm
+        ),
+        history=after.history,
+        notices=notices,
+    )
+
+
+def _facts(label: str, size_bytes: int, counted: Count, kernels: KernelCount) -> ModelFacts:
+    pairs = (
+        ("convolutions", kernels.convolutions_integer, kernels.convolutions_float),
+        ("matrix products", kernels.matmuls_integer, kernels.matmuls_float),
+    )
+    return ModelFacts(
+        label=label,
+        size_bytes=size_bytes,
+        parameters=counted.parameters,
+        macs=counted.macs,
+        integer_kernels=tuple(
+            IntegerKernels(kind=kind, integer=integer, total=integer + floating)
+            for kind, integer, floating in pairs
+            if integer + floating
+        ),
+    )

@@ -1,0 +1,93 @@
+"""Measure what compression gave: two files in ONNX Runtime, and two programs value by value."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from slimgraph.auto.given_data import first_samples
+from slimgraph.auto.outcome import Model, Progress, counted, in_form_of, is_measured, measure_agreement, measure_metric
+from slimgraph.deploy.compare import Comparison, compare
+from slimgraph.deploy.kernels import KernelCount, count_kernels
+from slimgraph.deploy.latency import LatencyComparison, measure_latency
+from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.program.program import Program
+from slimgraph.program.signature import Signature
+from slimgraph.report.facts import MetricResult
+from slimgraph.training.data import Batch, DataSource
+
+_COMPARED_SAMPLES = 64
+"""Signal-to-noise ratios change by less than half a decibel beyond so many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """How the answers are to be judged."""
+
+    calibration: DataSource
+    evaluation: DataSource | None
+    """None: agreement on the calibration data is all that can be measured."""
+    metric: str
+    max_drop: float
+    seed: int
+    threads: int
+    """With which latency is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What compression gave."""
+
+    metric: MetricResult
+    latency: LatencyComparison
+    comparison: Comparison
+    kernels_before: KernelCount
+    kernels_after: KernelCount
+    size_bytes_before: int
+    size_bytes_after: int
+
+
+def measure(
+    original_file: Path, compressed_file: Path, original: Program, compressed: Program, how: Judged, progress: Progress
+) -> Measurements:
+    """Everything that a report tells of the two models."""
+    before, after = (
+        in_form_of(compressed.signature, OnnxModel.open(file)) for file in (original_file, compressed_file)
+    )
+    metric = _quality(before, after, how, progress)
+    progress("Measuring latency", 0, None)
+    sample = one_sample(next(iter(how.calibration)), compressed.signature)
+    latency = measure_latency(compressed_file, sample, against=original_file, threads=how.threads)
+    progress("Comparing values", 0, None)
+    some = (batch.inputs for batch in first_samples(how.calibration, _COMPARED_SAMPLES))
+    return Measurements(
+        metric=metric,
+        latency=latency,
+        comparison=compare(original, compressed, some),
+        kernels_before=count_kernels(original_file),
+        kernels_after=count_kernels(compressed_file),
+        size_bytes_before=_size_bytes(original_file),
+        size_bytes_after=_size_bytes(compressed_file),
+    )
+
+
+def _quality(original: Model, compressed: Model, how: Judged, progress: Progress) -> MetricResult:
+    data = how.evaluation
+    if data is not None and is_measured(how.metric, data):
+        return measure_metric(
+            original, compressed, data, metric=how.metric, max_drop=how.max_drop, seed=how.seed, progress=progress
+        )
+    batches = counted(how.calibration if data is None else data, progress, "Comparing answers")
+    return measure_agreement(original, compressed, batches, max_drop=how.max_drop, seed=how.seed)
+
+
+def one_sample(batch: Batch, signature: Signature) -> dict[str, Tensor]:
+    """The first sample of a batch; all of it where the size of the batch is fixed."""
+    free = signature.batch_axis
+    batched = {spec.name for spec in signature.inputs if free is not None and spec.shape[:1] == (free,)}
+    return {name: value[:1] if name in batched else value for name, value in batch.inputs.items()}
+
+
+def _size_bytes(path: Path) -> int:
+    data = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)

@@ -1,0 +1,94 @@
+"""Say in words what a user should know of a compression besides its numbers."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from slimgraph.deploy.kernels import KernelCount
+from slimgraph.deploy.latency import LatencyComparison
+from slimgraph.program.program import HistoryEntry
+from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.report.content import Notice
+from slimgraph.report.facts import MetricResult
+from slimgraph.report.headline import SAME_LATENCY
+
+_NAMED = 8
+"""Layers that a notice names; of more it gives the number."""
+
+
+def target_notices(asked: str, target: str) -> Iterator[Notice]:
+    """What became of the target that was asked for, and where its speed can be measured."""
+    if asked != target:
+        yield Notice(
+            level="notice",
+            text=f"The target is {target}, with 7-bit weights, since this processor sums products of 8-bit numbers in "
+            "16 bits, which overflow. To deploy on one with 8-bit dot products (VNNI), compress there.",
+        )
+    if not target.startswith(("onnxruntime", "mobile")):
+        yield Notice(
+            level="notice",
+            text=f"The file is made for {target}, but was measured in ONNX Runtime on this machine, which fuses other "
+            "operators: expect another latency.",
+        )
+
+
+def capture_notices(history: tuple[HistoryEntry, ...]) -> Iterator[Notice]:
+    """What the capture of the model could not keep."""
+    for entry in history:
+        reason = entry.parameters.get("batch_is_fixed_because")
+        if reason:
+            yield Notice(level="notice", text=f"The size of the batch is fixed: {reason}")
+        lost = entry.parameters.get("lost_in_training")
+        if isinstance(lost, list) and lost:
+            yield Notice(level="notice", text=f"Of its training behaviour the model lost {_listed(lost)}.")
+
+
+def placement_notices(plan: QuantizationPlan) -> Iterator[Notice]:
+    """What stays in float, and why."""
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.kept_float.items():
+        by_reason[reason].append(name)
+    for reason, names in by_reason.items():
+        yield Notice(level="notice", text=f"{_layers(len(names))} in float: {_listed(names)}, since {reason}.")
+
+
+def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: LatencyComparison) -> Iterator[Notice]:
+    """What was to run in integers and does not, and where to look when integers are slow."""
+    in_integers = kernels.convolutions_integer + kernels.matmuls_integer
+    if in_integers < len(plan.weights):
+        missing = [layer.name for layer in kernels.float_layers if layer.name not in plan.kept_float]
+        yield Notice(
+            level="warning",
+            text=f"ONNX Runtime runs {in_integers} of {len(plan.weights)} quantized layers in integers. It computes in "
+            f"float: {_listed(missing)}.",
+        )
+    if latency.latency_ratio > 1 + SAME_LATENCY:
+        yield Notice(
+            level="warning",
+            text="The int8 model is slower here than the float one. `slimgraph doctor` says what this processor can do "
+            "with integers; small or depthwise layers gain least.",
+        )
+
+
+def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: float) -> Iterator[Notice]:
+    """What the metric does not say."""
+    if on_calibration_data:
+        yield Notice(
+            level="warning",
+            text="No evaluation data were given, so both models were compared on the data that the ranges were chosen "
+            "from. Labelled data of its own would show the accuracy.",
+        )
+    if metric.max_drop is None:
+        yield Notice(
+            level="notice",
+            text=f"The largest allowed drop of {limit:g} was not applied: without labels and without scores of classes "
+            "there is nothing that it could limit.",
+        )
+
+
+def _layers(count: int) -> str:
+    return "1 layer stays" if count == 1 else f"{count} layers stay"
+
+
+def _listed(names: Sequence[object]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(str, names[:_NAMED])) + more

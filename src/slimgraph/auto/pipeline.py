@@ -1,0 +1,279 @@
+"""Compress a program from end to end, with the proof: files, and a report of what was measured."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, TypedDict, Unpack, overload
+
+from slimgraph.auto.account import Quantized, report_of, with_result
+from slimgraph.auto.given_data import Data, open_given
+from slimgraph.auto.measurements import Judged, Measurements, measure
+from slimgraph.auto.notices import (
+    capture_notices,
+    metric_notices,
+    placement_notices,
+    speed_notices,
+    target_notices,
+)
+from slimgraph.auto.outcome import Progress, is_measured
+from slimgraph.auto.staging import staging
+from slimgraph.deploy.check_export import check_export
+from slimgraph.deploy.onnx import export_onnx
+from slimgraph.deploy.processor import detect_processor, onnxruntime_variant
+from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
+from slimgraph.program.archive import save_program
+from slimgraph.program.program import Program
+from slimgraph.program.qdq import is_quantized
+from slimgraph.quantization.apply import apply_quantization
+from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.correct_bias import correct_bias
+from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
+from slimgraph.quantization.quantize import DEFAULT_ALGORITHM, prepare
+from slimgraph.quantization.ranges import RANGE_ALGORITHMS
+from slimgraph.report.content import Report
+from slimgraph.report.page import write_report
+from slimgraph.training.data import DataSource
+from slimgraph.training.evaluate import evaluate, find_metric
+
+FILES = ("model.onnx", "model.pt2", "report.html", "report.json")
+"""What a compression writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What a compression gave."""
+
+    report: Report
+    program: Program
+    """As in `model.pt2`."""
+    plan: QuantizationPlan
+    """What was done, with the ranges that were chosen."""
+    files: Mapping[str, Path]
+    """By name: `FILES`, and `model.onnx.data` where the weights do not fit into one ONNX file."""
+
+    @property
+    def drop_exceeded(self) -> bool:
+        """Whether more was lost than `max_drop` allows."""
+        return self.report.metric is not None and self.report.metric.exceeds_max_drop
+
+
+class CompressOptions(TypedDict, total=False):
+    """How to compress; see `compress`."""
+
+    eval_data: Data | None
+    target: str
+    metric: str
+    max_drop: float
+    algorithm: str
+    skip: Sequence[str]
+    seed: int
+    threads: int
+    progress: Progress | None
+    title: str | None
+    command: str | None
+    float_reference: str | os.PathLike[str] | None
+
+
+@overload
+def compress(
+    program: Program,
+    data: Data,
+    *,
+    out: str | os.PathLike[str],
+    dry_run: Literal[False] = False,
+    **options: Unpack[CompressOptions],
+) -> Compression: ...
+
+
+@overload
+def compress(
+    program: Program,
+    data: Data,
+    *,
+    out: str | os.PathLike[str],
+    dry_run: Literal[True],
+    **options: Unpack[CompressOptions],
+) -> QuantizationPlan: ...
+
+
+def compress(
+    program: Program,
+    data: Data,
+    *,
+    out: str | os.PathLike[str],
+    eval_data: Data | None = None,
+    target: str = "onnxruntime",
+    metric: str = "top1",
+    max_drop: float = 0.01,
+    algorithm: str = DEFAULT_ALGORITHM,
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    threads: int = 1,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    title: str | None = None,
+    command: str | None = None,
+    float_reference: str | os.PathLike[str] | None = None,
+) -> Compression | QuantizationPlan:
+    """The program in int8, written to `out` as ONNX and as a program, with a report of what was gained and lost.
+
+    Ranges are calibrated on `data`; labels there are ignored. Both models are measured in ONNX Runtime: the metric on
+    `eval_data`, or where it has no labels how often the answers agree; latency call by call in turn. The ONNX file is
+    checked against the program. Either all files are written or none, and an older result stays until then.
+
+    Args:
+        data: what `open_data` takes, or batches that can be read more than once.
+        out: folder of the result.
+        eval_data: as `data`; None measures agreement on the calibration data.
+        target: where the model will run. "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI.
+        metric: "top1", "top5" or "module:callable"; higher is better.
+        max_drop: how much of the metric may be lost, absolute. A result that lost more is written, and says so first.
+        algorithm: one of `RANGE_ALGORITHMS`.
+        skip: layers that stay float, as `select` takes them.
+        seed: of all that is random.
+        threads: with which latency is measured.
+        dry_run: return the plan, and measure and write nothing.
+        progress: told what is going on.
+        title: of the report; None takes the name of the captured module.
+        command: what the report says one has to type to get it again.
+        float_reference: `.onnx` file to measure against; None is the program itself, as ONNX.
+    Raises:
+        SlimgraphError: anything given cannot be used, the program has nothing to quantize, or the ONNX file does not
+            compute what the program computes.
+    """
+    _check(metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
+    resolved = _resolved(target)
+    calibration = open_given(data, program.signature, what="data", seed=seed)
+    evaluation = None
+    if eval_data is not None:
+        evaluation = open_given(eval_data, program.signature, what="eval_data", seed=seed)
+        _try_metric(program, evaluation, metric)
+    if is_quantized(program.graph):
+        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+    original = prepare(program)
+    plan = plan_quantization(original, target=resolved, skip=skip)
+    if dry_run:
+        return plan
+    if not plan.weights:
+        kept = "; ".join(f"{name}: {why}" for name, why in plan.kept_float.items())
+        raise ProgramError(
+            f"The target {resolved} has nothing to quantize in this program{f' ({kept})' if kept else ''}."
+        )
+    say = progress or _say_nothing
+    how = Judged(
+        calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
+    )
+    with staging(out) as folder:
+        quantized = _quantized(original, plan, calibration, algorithm, say)
+        found = _measured(program, quantized, folder / "model.onnx", float_reference, how, say)
+        say("Writing the report", 0, None)
+        result = with_result(quantized, found)
+        save_program(result, folder / "model.pt2")
+        notices = (
+            *target_notices(target, resolved),
+            *metric_notices(found.metric, on_calibration_data=evaluation is None, limit=max_drop),
+            *speed_notices(quantized.plan, found.kernels_after, found.latency),
+            *placement_notices(plan),
+            *capture_notices(program.history),
+        )
+        report = report_of(
+            quantized,
+            found,
+            notices,
+            after=result,
+            title=title or _title(program),
+            command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",
+        )
+        write_report(report, folder)
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return Compression(
+        report=report, program=result, plan=quantized.plan, files={name: Path(out) / name for name in names}
+    )
+
+
+def _check(*, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
+    """Refuse what is wrong before any work is done."""
+    find_metric(metric)
+    if algorithm not in RANGE_ALGORITHMS:
+        raise UnknownNameError(f"There is no range algorithm {algorithm!r}. {closest(algorithm, RANGE_ALGORITHMS)}")
+    if not (math.isfinite(max_drop) and max_drop >= 0):
+        raise ConfigError(
+            f"max_drop is {max_drop}; give 0 or more, in the metric's unit: 0.01 is one point of accuracy."
+        )
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; give 1 or more.")
+
+
+def _resolved(target: str) -> str:
+    """The target, that of ONNX Runtime by what this processor can do."""
+    return (
+        "onnxruntime-avx2" if target == "onnxruntime" and onnxruntime_variant(detect_processor()) == "avx2" else target
+    )
+
+
+def _try_metric(program: Program, data: DataSource, metric: str) -> None:
+    """Compute the metric on one batch, so that one that does not apply is found before the work and not after it."""
+    if is_measured(metric, data):
+        evaluate(program, islice(data, 1), metric=metric)
+
+
+def _quantized(
+    original: Program, plan: QuantizationPlan, calibration: DataSource, algorithm: str, say: Progress
+) -> Quantized:
+    samples = 0
+
+    def count_samples(seen: int) -> None:
+        nonlocal samples
+        samples = seen
+        say("Calibrating", seen, calibration.samples)
+
+    say("Calibrating", 0, calibration.samples)
+    inputs = (batch.inputs for batch in calibration)
+    statistics = collect_statistics(original, values_to_observe(plan), inputs, progress=count_samples)
+    calibrated = choose_ranges(plan, statistics, algorithm=algorithm)
+    say("Correcting biases", 0, None)
+    corrected = correct_bias(original, calibrated, (batch.inputs for batch in calibration))
+    return Quantized(
+        program=apply_quantization(corrected, calibrated),
+        original=original,
+        plan=calibrated,
+        statistics=statistics,
+        algorithm=algorithm,
+        samples=samples,
+    )
+
+
+def _measured(
+    program: Program,
+    quantized: Quantized,
+    file: Path,
+    float_reference: str | os.PathLike[str] | None,
+    how: Judged,
+    say: Progress,
+) -> Measurements:
+    """Write the quantized program as ONNX, check it, and measure it against the original."""
+    say("Writing ONNX", 0, None)
+    export_onnx(quantized.program, file)
+    say("Checking the ONNX file", 0, None)
+    check_export(quantized.program, file, next(iter(how.calibration)).inputs)
+    with TemporaryDirectory(dir=file.parent) as scratch:
+        reference = Path(scratch) / "float.onnx" if float_reference is None else Path(float_reference)
+        if float_reference is None:
+            export_onnx(program, reference)
+        return measure(reference, file, quantized.original, quantized.program, how, say)
+
+
+def _title(program: Program) -> str:
+    """Name of the class of the captured module, where the history has it."""
+    for entry in program.history:
+        if isinstance(module := entry.parameters.get("module"), str):
+            return module.rpartition(".")[2]
+    return "Model"
+
+
+def _say_nothing(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody asked for."""

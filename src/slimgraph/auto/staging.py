@@ -1,0 +1,47 @@
+"""Let the files of one result take their places together, when all of them are complete."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slimgraph.errors import OutputError
+from slimgraph.files import output_directory
+
+
+@contextmanager
+def staging(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files move to the folder `out` when the block ends well.
+
+    When it raises, nothing of it stays: an older result is untouched, and a folder that was made for this one is gone.
+    Folders within the temporary one are not moved. It lies inside of `out`, not beside it: what is mounted there may be
+    a file system of its own, and only within one is a move at once and whole.
+
+    Raises:
+        OutputError: `out` is no folder or cannot be written.
+    """
+    target = Path(out)
+    missing = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        with TemporaryDirectory(prefix=".slimgraph-", dir=output_directory(target)) as aside:
+            yield Path(aside)
+            _move_files(Path(aside), target)
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _move_files(source: Path, target: Path) -> None:
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    blocked = [target / path.name for path in files if (target / path.name).is_dir()]
+    if blocked:
+        raise OutputError(
+            f"{blocked[0]} is a folder, where a file is to be written. Move it away, or give another one."
+        )
+    try:
+        for path in files:
+            path.replace(target / path.name)
+    except OSError as error:
+        raise OutputError(f"Cannot write into {target}: {error.strerror}. Give a folder that is writable.") from error
