@@ -1,3 +1,58 @@
 """Make trained networks smaller and faster, and measure what it costs."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimgraph.auto.pipeline import compress
+    from slimgraph.deploy.compare import compare
+    from slimgraph.deploy.latency import measure_latency
+    from slimgraph.errors import SlimgraphError
+    from slimgraph.formats import convert, load, save
+    from slimgraph.program.capture import capture
+    from slimgraph.program.program import Program
+    from slimgraph.quantization.quantize import quantize
+    from slimgraph.training.evaluate import evaluate
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Program",
+    "SlimgraphError",
+    "__version__",
+    "capture",
+    "compare",
+    "compress",
+    "convert",
+    "evaluate",
+    "load",
+    "measure_latency",
+    "quantize",
+    "save",
+]
+
+# Each is imported when it is first asked for: whoever only loads a model does not wait for ONNX Runtime or matplotlib.
+_HOMES = {
+    "Program": "slimgraph.program.program",
+    "SlimgraphError": "slimgraph.errors",
+    "capture": "slimgraph.program.capture",
+    "compare": "slimgraph.deploy.compare",
+    "compress": "slimgraph.auto.pipeline",
+    "convert": "slimgraph.formats",
+    "evaluate": "slimgraph.training.evaluate",
+    "load": "slimgraph.formats",
+    "measure_latency": "slimgraph.deploy.latency",
+    "quantize": "slimgraph.quantization.quantize",
+    "save": "slimgraph.formats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
