@@ -113,20 +113,26 @@ def pool_instead_of_mean(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(model.graph, mean, [mean], new, [result], [new[-1].outputs[0]])
 
 
+def _given(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def _zero_spatial_pads(pad: ir.Node) -> list[int] | None:
     """Pads of the spatial axes in ONNX order, or None where the node pads otherwise, by other values, or negatively."""
-    if pad.attributes.get_string("mode", "constant") != "constant" or (
-        len(pad.inputs) > 3 and pad.inputs[3] is not None
+    amounts_input, filler_input = _given(pad, 1), _given(pad, 2)
+    if (
+        pad.attributes.get_string("mode", "constant") != "constant"
+        or amounts_input is None
+        or _given(pad, 3) is not None
     ):
         return None
-    amounts = ir.convenience.get_const_tensor(pad.inputs[1])
-    filler = (
-        ir.convenience.get_const_tensor(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else None
-    )
-    if amounts is None or (filler is None and len(pad.inputs) > 2 and pad.inputs[2] is not None):
+    amounts = ir.convenience.get_const_tensor(amounts_input)
+    if amounts is None:
         return None
-    if filler is not None and np.any(filler.numpy() != 0):
-        return None
+    if filler_input is not None:
+        filler = ir.convenience.get_const_tensor(filler_input)
+        if filler is None or np.any(filler.numpy() != 0):
+            return None
     pads = [int(amount) for amount in amounts.numpy()]
     rank = len(pads) // 2
     begin, end = pads[:rank], pads[rank:]

@@ -4,19 +4,27 @@ import torch
 from torch import fx
 
 import slimgraph.program.edit as edit
+from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.names import layer_of, set_names, value_of
 from slimgraph.program.program import Program
+from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
+from slimgraph.program.simplify import remove_dropout
 
 aten = torch.ops.aten
-_dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
 
 def prepare_for_onnx(program: Program) -> Program:
-    """A program that computes the same in operators which the exporter turns into what runtimes fuse."""
-    prepared = program.copy()
+    """A program that computes the same in operators which the exporter turns into what runtimes fuse.
+
+    Batch norms are folded here and not by the exporter, which does it in float32 and leaves the weights in that type
+    beside half-precision inputs: a file that no runtime loads (onnxscript 0.7).
+    """
+    prepared = remove_dropout(fold_batch_norm(program))
     for node in list(prepared.graph.nodes):
         if node.target is aten.linear.default:
             _flat_linear(node)
+        elif node.target is QUANTIZE:
+            _clip_to_codes(node)
     return edit.finish(prepared)
 
 
@@ -28,7 +36,7 @@ def _flat_linear(node: fx.Node) -> None:
     """
     source = node.args[0]
     value = node.meta.get("val")
-    if not isinstance(source, fx.Node) or source.target is not _dequantize or value is None or value.dim() <= 2:
+    if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or value is None or value.dim() <= 2:
         return
     graph = node.graph
     name, layer = value_of(node), layer_of(node)
@@ -42,3 +50,16 @@ def _flat_linear(node: fx.Node) -> None:
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     set_names(result, layer=layer, value=name)
+
+
+def _clip_to_codes(node: fx.Node) -> None:
+    """Clip in front of a quantizer that uses fewer codes than its type has: QuantizeLinear knows the type only."""
+    source, scale, zero_point, first, last, dtype = node.args
+    info = torch.iinfo(dtype)  # type: ignore[arg-type]
+    if (first, last) == (info.min, info.max):
+        return
+    low, high = ((bound - zero_point) * scale for bound in (first, last))  # type: ignore[operator]
+    with node.graph.inserting_before(node):
+        clipped = node.graph.call_function(aten.clamp.default, (source, low, high))
+    set_names(clipped, layer=layer_of(node), value=f"{value_of(node)}/clipped")
+    node.update_arg(0, clipped)

@@ -66,7 +66,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "onnxruntime-avx2": replace(
             _ONNXRUNTIME,
             name="onnxruntime-avx2",
-            summary="ONNX Runtime on x86 without VNNI: 7-bit weights, since two 8-bit products overflow its 16-bit sums.",
+            summary="ONNX Runtime on x86 without VNNI: 7-bit weights, since two 8-bit products overflow 16-bit sums.",
             weight=IntScheme(bits=7, narrow=True),
         ),
         "tensorrt": Target(
@@ -82,7 +82,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         ),
         "openvino": Target(
             name="openvino",
-            summary="OpenVINO on CPU and GPU: asymmetric uint8 activations, symmetric int8 per-channel weights, float bias.",
+            summary="OpenVINO on CPU and GPU: uint8 activations, symmetric int8 per-channel weights, float bias.",
             activation=_UINT8,
             weight=_WEIGHT,
             integer_bias=False,

@@ -5,6 +5,7 @@ import torch
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError
 from slimgraph.program.program import HistoryEntry, Program
+from slimgraph.program.qdq import is_quantized
 from slimgraph.program.signature import Signature, TensorSpec
 
 
@@ -16,7 +17,7 @@ def cast(program: Program, dtype: torch.dtype) -> Program:
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"A program computes in a floating type, not in {dtype}.")
-    if any("quantized_decomposed" in str(node.target) for node in program.graph.nodes):
+    if is_quantized(program.graph):
         raise ConfigError(
             f"A quantized program has scales in float32 and is not cast to {dtype}. Cast the float program."
         )

@@ -92,13 +92,10 @@ def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor, *, train
         owner = child
     if trainable is None:
         trainable = attribute in owner._parameters
-    requires_grad = (
-        tensor.requires_grad if attribute not in owner._parameters else owner._parameters[attribute].requires_grad
-    )  # type: ignore[union-attr]
     if hasattr(owner, attribute):
         delattr(owner, attribute)
     if trainable:
-        owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad or tensor.is_floating_point()))
+        owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point()))
     else:
         owner.register_buffer(attribute, tensor.detach())
 
@@ -148,9 +145,9 @@ def install_training_flags(graph: fx.Graph) -> None:
 
 def training_flag(graph: fx.Graph) -> fx.Node:
     """The node that reads the module's training mode, made if the graph has none."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target == TRAINING_FLAG:
-            return node
+    found: fx.Node | None = next((n for n in graph.nodes if n.op == "get_attr" and n.target == TRAINING_FLAG), None)
+    if found is not None:
+        return found
     with at_start(graph):
         # `Graph.get_attr` warns about attributes that are no tensors.
         return graph.create_node("get_attr", TRAINING_FLAG)
@@ -158,7 +155,8 @@ def training_flag(graph: fx.Graph) -> fx.Node:
 
 def flag_position(node: fx.Node) -> int | None:
     """Index of the argument by which an operator is told that it trains; None for operators without one."""
-    return _FLAG_POSITION.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    target: Any = node.target
+    return _FLAG_POSITION.get(target) if node.op == "call_function" else None
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

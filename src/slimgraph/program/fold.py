@@ -56,14 +56,14 @@ def _foldable(program: Program, norm: fx.Node) -> bool:
     # A batch norm behind a linear layer normalizes axis 1, which is the layer's output axis only for two axes.
     flat = layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
     # A weight that two layers read cannot take the scale of one of them.
-    return flat and edit.constant_of(program.graph_module, weight) is not None and _readers(program, weight) == 1
+    return flat and isinstance(weight, fx.Node) and _is_read_once(program, weight)
 
 
-def _readers(program: Program, weight: fx.Node) -> int:
+def _is_read_once(program: Program, weight: fx.Node) -> bool:
+    """Whether the node reads a stored tensor that nothing else reads, under this name or another."""
     tensor = edit.constant_of(program.graph_module, weight)
-    return sum(
-        len(node.users) for node in program.graph.nodes if edit.constant_of(program.graph_module, node) is tensor
-    )
+    readers = (n for n in program.graph.nodes if edit.constant_of(program.graph_module, n) is tensor)
+    return tensor is not None and sum(len(node.users) for node in readers) == 1
 
 
 def fold_batch_norm(program: Program) -> Program:
@@ -98,16 +98,14 @@ def _fold(program: Program, layer: fx.Node, affine: _Affine) -> None:
     scale = affine.scale
     if axis == 1:  # transposed convolutions hold the output channels of one group in axis 1
         groups = scale.numel() // weight.shape[1]
-        by_group = weight.detach().double().unflatten(0, (groups, -1)) * scale.reshape(
-            groups, 1, -1, *[1] * (weight.dim() - 2)
-        )
-        new = by_group.flatten(0, 1)
+        by_group = weight.detach().double().reshape(groups, -1, *weight.shape[1:])
+        new = (by_group * scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
     else:
         new = weight.detach().double() * scale.reshape(shape)
     edit.set_tensor(program.graph_module, name, new.to(weight.dtype))
     bias = edit.constant_of(program.graph_module, bias_node)
     shift = affine.shift if bias is None else affine.shift + bias.detach().double() * affine.scale
-    if bias is not None and isinstance(bias_node, fx.Node) and _readers(program, bias_node) == 1:
+    if bias is not None and isinstance(bias_node, fx.Node) and _is_read_once(program, bias_node):
         edit.set_tensor(program.graph_module, str(bias_node.target), shift.to(bias.dtype))
         return
     new_bias = edit.read_tensor(

@@ -12,7 +12,7 @@ from slimgraph.errors import DataError, UnknownNameError, closest
 from slimgraph.program.names import layer_of, values_of
 from slimgraph.program.signature import Signature
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Program(nn.Module):
         self.signature = signature
         self.history = history
         self.train(graph_module.training)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     @property
     def graph(self) -> fx.Graph:
@@ -122,7 +122,7 @@ class Program(nn.Module):
         """Buffers under their original names."""
         return self.graph_module.named_buffers(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Parameters and persistent buffers under their original names."""
         return self.graph_module.state_dict(*args, **kwargs)
 
@@ -132,7 +132,7 @@ class Program(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Program":
         before = self.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             _move_constants(self.graph_module, self.device)
         return self

@@ -20,7 +20,7 @@ class TensorSpec:
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
-    """A number is a fixed size; a word names a free axis, and axes of one name have one size: `("batch", 3, 224, 224)`."""
+    """A number is a fixed size; a word names a free axis; axes of one name have one size: `("batch", 3, 224)`."""
 
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -63,7 +63,7 @@ class Signature:
         return first[0] if first and isinstance(first[0], str) else None
 
     def example(self, *, batch: int | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Zeros of the right types and shapes, with `example_sizes` for the free axes and `batch` for the batch axis."""
+        """Zeros of the right types and shapes: `example_sizes` on the free axes, `batch` samples."""
         sizes = dict(self.example_sizes)
         if batch is not None and self.batch_axis is not None:
             sizes[self.batch_axis] = batch
@@ -97,7 +97,8 @@ class Signature:
         items = [batch] if isinstance(batch, (Tensor, np.ndarray)) else batch
         if not isinstance(items, Sequence):
             raise DataError(
-                f"{where} is a {type(batch).__name__}; give a tensor, an array, a sequence or a mapping of {self._wanted()}."
+                f"{where} is a {type(batch).__name__}; give a tensor, an array, a sequence or a mapping "
+                f"of {self._wanted()}."
             )
         if len(items) != len(names):
             raise DataError(f"{where} has {len(items)} inputs, but the program takes {len(names)}: {self._wanted()}.")
@@ -111,7 +112,10 @@ def _checked(value: Any, spec: TensorSpec, sizes: dict[str, int], where: str) ->
     if isinstance(value, np.ndarray):
         if value.dtype == object:
             raise DataError(f"{where}: input {spec.name!r} is an array of Python objects; give numbers.")
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        try:
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        except TypeError as error:  # types that PyTorch has not got: strings, NumPy extensions
+            raise DataError(f"{where}: input {spec.name!r} is an array of {value.dtype}; give numbers.") from error
     if not isinstance(value, Tensor):
         raise DataError(f"{where}: input {spec.name!r} is a {type(value).__name__}; give a tensor or an array.")
     given = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -128,5 +132,6 @@ def _checked(value: Any, spec: TensorSpec, sizes: dict[str, int], where: str) ->
             raise DataError(
                 f"{where}: input {spec.name!r} is {given}, but the program takes {spec}. Convert it before."
             )
-        value = value.to(spec.dtype)
+        converted: Tensor = value.to(spec.dtype)
+        return converted
     return value

@@ -35,7 +35,7 @@ def restore_training_behaviour(program: Program, module: nn.Module) -> list[str]
 
     Edits `program`, whose layers are named after `module`'s.
     """
-    layers = {name: part for name, part in module.named_modules(remove_duplicate=False)}
+    layers = dict(module.named_modules(remove_duplicate=False))
     for node in program.graph.nodes:
         if node.target is aten.batch_norm.default:
             owner = layers.get(layer_of(node))

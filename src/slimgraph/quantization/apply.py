@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError
 from slimgraph.program.names import layer_of, set_names, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
-
-_ops = torch.ops.quantized_decomposed
 
 _INT32_TOP = 2**31 - 1
 
@@ -105,12 +103,8 @@ def _bypass(node: fx.Node) -> None:
 def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | None) -> None:
     codes = (grid.scale, grid.zero_point, *grid.scheme.code_range, grid.scheme.dtype)
     readers = [user for user in node.users if consumers is None or value_of(user) in consumers]
-    code = edit.insert_after(
-        node, _ops.quantize_per_tensor.default, (node, *codes), value=f"{value_of(node)}/quantized"
-    )
-    back = edit.insert_after(
-        code, _ops.dequantize_per_tensor.default, (code, *codes), value=f"{value_of(node)}/dequantized"
-    )
+    code = edit.insert_after(node, QUANTIZE, (node, *codes), value=f"{value_of(node)}/quantized")
+    back = edit.insert_after(code, DEQUANTIZE, (code, *codes), value=f"{value_of(node)}/dequantized")
     for reader in readers:
         reader.replace_input_with(node, back)
 
@@ -159,12 +153,12 @@ def _dequantized(
     with user.graph.inserting_before(user):
         if scheme.axis is None:
             arguments = (source, scale.item(), 0, first, last, codes.dtype)
-            back = user.graph.call_function(_ops.dequantize_per_tensor.default, arguments)
+            back = user.graph.call_function(DEQUANTIZE, arguments)
         else:
             scales = edit.read_tensor(program, f"{name}_scale", scale)
             zeros = edit.read_tensor(program, f"{name}_zero_point", torch.zeros_like(scale, dtype=codes.dtype))
             back = user.graph.call_function(
-                _ops.dequantize_per_channel.default, (source, scales, zeros, scheme.axis, first, last, codes.dtype)
+                DEQUANTIZE_CHANNELS, (source, scales, zeros, scheme.axis, first, last, codes.dtype)
             )
     set_names(back, layer=layer_of(user), value=f"{name}/dequantized")
     return back

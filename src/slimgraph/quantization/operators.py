@@ -113,7 +113,7 @@ def data_inputs(program: Program, node: fx.Node) -> list[fx.Node]:
 def read_through_padding(node: fx.Node) -> Any:
     """What a convolution reads in front of the zero padding that belongs to it (SAME padding of odd sizes).
 
-    Zero is on every grid, and runtimes merge such a padding into the convolution only where no quantizer stands between.
+    Zero is on every grid, and runtimes merge such a padding into the convolution only if no quantizer stands between.
     """
     source = node.args[0]
     if (

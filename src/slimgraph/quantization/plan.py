@@ -195,9 +195,9 @@ class _Placement:
         for node in self.nodes:
             if node in self.integer:
                 for source in data_inputs(self.program, node):
-                    if source not in self.quantized:
-                        padded = node.args[0] if source not in node.all_input_nodes else node
-                        self.branch.setdefault(source, []).append(padded)  # type: ignore[arg-type]
+                    if source not in self.quantized and isinstance(source.meta.get("val"), torch.Tensor):
+                        reader = node if source in node.all_input_nodes else node.all_input_nodes[0]  # its padding
+                        self.branch.setdefault(source, []).append(reader)
         return self._written()
 
     # What is worth computing in integers

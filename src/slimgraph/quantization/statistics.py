@@ -4,15 +4,18 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slimgraph.errors import CalibrationError
 from slimgraph.quantization.density import Density
-from slimgraph.quantization.histogram import BINS, Counts, StreamingHistogram, pieces
+from slimgraph.quantization.histogram import BINS, PIECE, Counts, StreamingHistogram, pieces
 
+_T = TypeVar("_T")
 _Tally = tuple[float, float, Counts | None]  # sum, sum of squares, counts of the histogram
 
 
@@ -49,25 +52,26 @@ class ValueStatistics:
         self.batches += 1
         if x.numel() == 0:
             return
-        x = x.reshape(len(x) if x.dim() else 1, -1) if x.dim() < 2 else x
-        dims = tuple(range(1, x.dim()))
-        min_N, max_N = x.amin(dims).double(), x.amax(dims).double()
-        minimum, maximum = float(min_N.amin().float()), float(max_N.amax().float())
-        if not math.isfinite(minimum) or not math.isfinite(maximum):  # amin and amax hand NaN on
+        blocks = _blocks(x.detach().cpu())
+        extremes = list(_map(_extremes, blocks))
+        min_N = np.concatenate([mins for mins, _ in extremes]).astype(np.float64)
+        max_N = np.concatenate([maxs for _, maxs in extremes]).astype(np.float64)
+        minimum, maximum = float(min_N.min()), float(max_N.max())
+        if not math.isfinite(minimum) or not math.isfinite(maximum):  # min and max hand NaN on
             what = "NaN" if math.isnan(minimum) or math.isnan(maximum) else "an infinity"
             raise CalibrationError(
                 f"The value {name!r} holds {what} in calibration batch {batch} (counted from 0). Every value must be a "
                 "finite float32: look for broken samples there, or check that the float model is sound on them."
             )
-        self.samples += len(x)
+        self.samples += len(min_N)
         self.count += x.numel()
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         self.sample_min_sum += float(min_N.sum())
         self.sample_max_sum += float(max_N.sum())
-        self.sample_abs_max_sum += float(torch.maximum(-min_N, max_N).sum())
+        self.sample_abs_max_sum += float(np.maximum(-min_N, max_N).sum())
         if self.histogram is not None:
             self.histogram.cover(max(-minimum, maximum))
-        for block_sum, block_square_sum, counts in _map(partial(self._tally, signed=minimum < 0), _blocks(x.detach())):
+        for block_sum, block_square_sum, counts in _map(partial(self._tally, signed=minimum < 0), blocks):
             self.sum += block_sum
             self.square_sum += block_square_sum
             if self.histogram is not None and counts is not None:
@@ -75,7 +79,7 @@ class ValueStatistics:
 
     def _tally(self, block: Tensor, *, signed: bool) -> _Tally:
         flat = block.reshape(-1).float()
-        wide = torch.empty_like(next(pieces(flat)), dtype=torch.float64)
+        wide = torch.empty_like(flat[:PIECE], dtype=torch.float64)
         total = square_total = 0.0
         for piece in pieces(flat):
             piece64 = wide[: len(piece)].copy_(piece)
@@ -131,15 +135,23 @@ class ValueStatistics:
 
 
 def _blocks(x: Tensor) -> list[Tensor]:
-    """Views of whole samples, or of parts of one, with so few elements that a copy of a block costs little memory."""
-    size = 2**20 if x.device.type == "cpu" else 2**24
-    rows = max(1, size // x[0].numel())
-    return [x[row : row + rows] for row in range(0, len(x), rows)]
+    """Views of some samples each, at least one, with so few elements that a float32 copy costs little memory."""
+    x = x.reshape(len(x) if x.dim() else 1, -1) if x.dim() < 2 else x
+    size = max(1, 2**20 // x[0].numel())
+    return [x[start : start + size] for start in range(0, len(x), size)]
 
 
-def _map(function: Callable[[Tensor], _Tally], blocks: list[Tensor]) -> Iterable[_Tally]:
-    threads = min(len(blocks), torch.get_num_threads()) if blocks[0].device.type == "cpu" else 1
+def _extremes(block: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Minimum and maximum of each sample."""
+    values = block.float().numpy()  # NumPy, for the reason given at PIECE: it does not use threads
+    axes = tuple(range(1, values.ndim))
+    with np.errstate(invalid="ignore"):
+        return values.min(axis=axes), values.max(axis=axes)
+
+
+def _map(function: Callable[[Tensor], _T], blocks: list[Tensor]) -> Iterable[_T]:
+    threads = min(len(blocks), torch.get_num_threads())
     if threads == 1:
         return map(function, blocks)
-    with ThreadPoolExecutor(threads) as pool:  # PyTorch lets other threads run while it computes
+    with ThreadPoolExecutor(threads) as pool:  # NumPy and PyTorch let each other run while they compute
         return list(pool.map(function, blocks))

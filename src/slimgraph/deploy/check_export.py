@@ -1,0 +1,203 @@
+"""Prove that an ONNX file computes what the program computes, before anybody ships it."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+
+from slimgraph.deploy.onnx_file import read_onnx
+from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.errors import ExportError
+from slimgraph.program.names import value_of
+from slimgraph.program.program import Program
+from slimgraph.program.qdq import QUANTIZE
+
+BATCHES = (1, 2, 7)
+"""Numbers of samples with which a file must run; the sizes at which specialized code shows."""
+
+_LEAST_AGREEMENT = 0.995
+_FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+"""Largest difference of a float output, as a fraction of the output's reach."""
+
+_CODES_SUFFIX = "/quantized"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportCheck:
+    """How closely an ONNX file follows its program."""
+
+    integer_values: int
+    """Quantized values compared, each computed from equal integers on both sides."""
+    largest_code_difference: int
+    """In quanta, over all of them; at most 1 passes."""
+    unequal_codes: float
+    """Fraction of the codes that differ at all."""
+    output_error: float
+    """Mean difference of the outputs, run freely, in output quanta for a quantized program; at most 1 passes."""
+    agreement: float
+    """Fraction of samples with the same greatest output; those closer to a tie than a quantum count as equal."""
+
+
+def check_export(program: Program, path: str | os.PathLike[str], batch: Any) -> ExportCheck:
+    """Compare an ONNX file with the program that it was written from.
+
+    Args:
+        program: the program, on the CPU.
+        path: the file.
+        batch: a batch of real inputs, as `Signature.bind` takes them; its first samples are also run alone, as two and
+            as seven where the batch is free.
+    Raises:
+        ExportError: they disagree; the message names the value, and by how much.
+    """
+    inputs = program.signature.bind(batch, where="The batch for checking the export")
+    program = program if not program.training else program.copy().eval()
+    code_check = _compare_codes(program, Path(path), inputs)
+    model = OnnxModel.open(path)
+    errors, agreements = [], []
+    for part in _parts(program, inputs):
+        expected = _outputs(program, part)
+        got = model(part)
+        for spec in program.signature.outputs:
+            error, agreement = _compare_output(
+                program, spec.name, expected[spec.name], torch.from_numpy(np.array(got[spec.name]))
+            )
+            errors.append(error)
+            agreements.append((agreement, len(next(iter(part.values())))))
+    samples = sum(count for _, count in agreements)
+    agreement = sum(share * count for share, count in agreements) / samples
+    # One sample in a small batch is more than half a percent: a single dissent is no proof of a fault.
+    if agreement < _LEAST_AGREEMENT and (1 - agreement) * samples > 1.5:
+        raise ExportError(f"{path} names another class than the program for {1 - agreement:.1%} of {samples} samples.")
+    return ExportCheck(
+        integer_values=code_check[0],
+        largest_code_difference=code_check[1],
+        unequal_codes=code_check[2],
+        output_error=max(errors, default=0.0),
+        agreement=agreement,
+    )
+
+
+def _parts(program: Program, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    yield inputs
+    axis = program.signature.batch_axis
+    if axis is None:
+        return
+    batched = {spec.name for spec in program.signature.inputs if spec.shape[:1] == (axis,)}
+    for count in BATCHES:
+        yield {
+            name: tensor[torch.arange(count) % len(tensor)] if name in batched else tensor
+            for name, tensor in inputs.items()
+        }
+
+
+def _outputs(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        results = program.graph_module(*inputs.values())
+    return {spec.name: result for spec, result in zip(program.signature.outputs, results, strict=True)}
+
+
+# Whole network
+
+
+def _compare_output(program: Program, name: str, expected: Tensor, got: Tensor) -> tuple[float, float]:
+    if expected.shape != got.shape:
+        raise ExportError(f"Output {name!r} of the file has shape {list(got.shape)} instead of {list(expected.shape)}.")
+    if not expected.is_floating_point():
+        return 0.0, float((expected == got).float().mean())
+    expected64, got64 = expected.double(), got.double()
+    difference = (expected64 - got64).abs()
+    reach = float(expected64.abs().max()) if expected64.numel() else 0.0
+    quantized = any(_is_quantizer(node) for node in program.graph.nodes)
+    if not quantized:
+        tolerance = _FLOAT_TOLERANCE.get(expected.dtype, 1e-4)
+        if difference.numel() and float(difference.max()) > tolerance * reach + 1e-6:
+            raise ExportError(
+                f"Output {name!r} of the file differs from the program's by {float(difference.max()):.3g} "
+                f"(its largest value is {reach:.3g})."
+            )
+        return float(difference.mean()) if difference.numel() else 0.0, _same_greatest(
+            expected64, got64, tolerance * reach
+        )
+    # An int8 output has 255 steps over its extent; an output that stays float is judged by the same measure.
+    extent = float(expected64.max() - expected64.min())
+    step = max(extent / 255, 1e-12)
+    error = float(difference.mean()) / step
+    if error > 1.0:
+        raise ExportError(f"Output {name!r} of the file is {error:.2f} quanta off the program's on average.")
+    return error, _same_greatest(expected64, got64, step)
+
+
+def _same_greatest(expected: Tensor, got: Tensor, margin: float) -> float:
+    """Fraction of rows whose greatest element is the same, or within `margin` of it in the expected row."""
+    if expected.dim() < 2 or expected.shape[-1] < 2:
+        return 1.0
+    chosen = expected.gather(-1, got.argmax(-1, keepdim=True))
+    return float((chosen >= expected.amax(-1, keepdim=True) - margin).double().mean())
+
+
+# Operator by operator
+
+
+def _is_quantizer(node: fx.Node) -> bool:
+    return node.target is QUANTIZE
+
+
+class _FollowingIntegers(fx.Interpreter):
+    """Runs a quantized program, but goes on from each quantizer with the integers that ONNX Runtime had there."""
+
+    def __init__(self, program: Program, codes: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        super().__init__(program.graph_module)
+        self._codes = codes
+        self.largest, self.unequal, self.total, self.values = 0, 0, 0, 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        theirs = self._codes.get(value_of(n)) if _is_quantizer(n) else None
+        if theirs is None:
+            return result
+        given = torch.from_numpy(np.array(theirs))
+        if given.dtype != result.dtype or given.shape != result.shape:
+            raise ExportError(
+                f"{value_of(n)!r} is {given.dtype}{list(given.shape)} in the file, "
+                f"not {result.dtype}{list(result.shape)}."
+            )
+        difference = (result.to(torch.int32) - given.to(torch.int32)).abs()
+        largest = int(difference.max()) if difference.numel() else 0
+        if largest > 1:
+            raise ExportError(
+                f"{value_of(n)!r} is up to {largest} quanta off in ONNX Runtime though its operator read equal "
+                "integers; one is the most that rounding explains."
+            )
+        self.values += 1
+        self.largest = max(self.largest, largest)
+        self.unequal += int((difference != 0).sum())
+        self.total += difference.numel()
+        return given
+
+
+def _compare_codes(program: Program, path: Path, inputs: Mapping[str, Tensor]) -> tuple[int, int, float]:
+    names = {value_of(node) for node in program.graph.nodes if _is_quantizer(node)}
+    if not names:
+        return 0, 0, 0.0
+    model = read_onnx(path)
+    made = {output for node in model.graph.node if node.op_type == "QuantizeLinear" for output in node.output}
+    lost = sorted(names - made)
+    if lost:
+        raise ExportError(
+            f"The file lacks the quantizer {lost[0]!r} ({len(lost)} are missing): the exporter dropped it."
+        )
+    graph_outputs = {output.name for output in model.graph.output}
+    shown = sorted(names - graph_outputs)
+    known = {info.name: info for info in model.graph.value_info}
+    model.graph.output.extend(known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in shown)
+    results = OnnxModel.open(model.SerializeToString())(dict(inputs))
+    follower = _FollowingIntegers(program, {name: results[name] for name in names})
+    with torch.inference_mode():
+        follower.run(*inputs.values())
+    return follower.values, follower.largest, follower.unequal / max(follower.total, 1)

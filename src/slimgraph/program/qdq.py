@@ -1,0 +1,16 @@
+"""The standard operators by which a program says where it is quantized."""
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers them
+from torch import fx
+
+QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
+
+_ALL = (QUANTIZE, DEQUANTIZE, DEQUANTIZE_CHANNELS)
+
+
+def is_quantized(graph: fx.Graph) -> bool:
+    """Whether any value or weight of the graph is held in integers by these operators."""
+    return any(node.target in _ALL for node in graph.nodes)

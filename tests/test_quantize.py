@@ -1,0 +1,308 @@
+"""Post-training quantization: placement, integers, export, and agreement with ONNX Runtime."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from models import toys
+from models.captured import captured, positional
+from slimgraph.deploy.check_export import check_export
+from slimgraph.deploy.kernels import count_kernels
+from slimgraph.deploy.onnx import export_onnx, to_onnx
+from slimgraph.deploy.targets import TARGETS
+from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, UnknownNameError
+from slimgraph.program.capture import capture
+from slimgraph.program.scheme import IntScheme
+from slimgraph.quantization.apply import apply_quantization, quantized_weight
+from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.correct_bias import correct_bias, correct_weight
+from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.quantize import prepare, quantize
+
+
+def batches(name, count=4, size=8):
+    torch.manual_seed(0)
+    made = [positional(name, size + index) for index in range(count)]
+    return [list(batch) for batch in made]
+
+
+def snr_db(reference, other):
+    reference, other = reference.detach().double(), other.detach().double()
+    return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum().clamp(min=1e-30)))
+
+
+def first(outputs):
+    return (
+        outputs
+        if isinstance(outputs, torch.Tensor)
+        else next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
+    )
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.conv2(x) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def chain():
+    torch.manual_seed(1)
+    return capture(Chain().eval(), torch.randn(1, 3, 8, 8)).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.manual_seed(2)
+    return [torch.randn(16, 3, 8, 8) for _ in range(4)]
+
+
+# Placement
+
+
+def test_every_value_between_integer_operators_is_quantized(chain):
+    plan = plan_quantization(prepare(chain))
+    assert [a.value for a in plan.activations] == ["x", "relu_0", "conv2", "relu_1", "mean_0"]
+    assert [w.value for w in plan.weights] == ["conv1", "conv2", "fc"]
+    assert all(a.everywhere for a in plan.activations if a.value not in ("x",))
+    assert set(plan.rectifiers) == {"relu_0", "relu_1"}
+
+
+def test_a_layer_that_was_skipped_stays_float(chain):
+    plan = plan_quantization(prepare(chain), skip=["conv2"])
+    assert [w.value for w in plan.weights] == ["conv1", "fc"]
+    assert "conv2" in plan.kept_float
+
+
+def test_targets_differ_where_their_runtimes_do():
+    program = prepare(captured("Transposed"))
+    assert any("transposed" in why for why in plan_quantization(program, target="onnxruntime").kept_float.values())
+    assert len(plan_quantization(program, target="tensorrt").weights) > len(
+        plan_quantization(program, target="onnxruntime").weights
+    )
+    assert all(not a.scheme.signed for a in plan_quantization(program, target="openvino").activations)
+    assert all(a.scheme.symmetric for a in plan_quantization(program, target="tensorrt").activations)
+    assert {w.scheme.bits for w in plan_quantization(program, target="onnxruntime-avx2").weights} == {7}
+
+
+def test_wrong_requests_are_refused_with_the_closest_names(chain):
+    with pytest.raises(UnknownNameError, match="onnxruntime"):
+        plan_quantization(chain, target="onnxruntim")
+    with pytest.raises(UnknownNameError, match="conv1"):
+        plan_quantization(chain, skip=["conv11"])
+    with pytest.raises(ConfigError, match="8 bits at most"):
+        plan_quantization(chain, weight_bits=16)
+
+
+def test_a_plan_is_json(chain):
+    read = json.loads(plan_quantization(prepare(chain)).to_json())
+    assert [w["value"] for w in read["weights"]] == ["conv1", "conv2", "fc"]
+
+
+# Integers
+
+
+def test_weights_are_rounded_to_the_grid_of_their_channel():
+    weight = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
+    codes, scale = quantized_weight(weight, IntScheme(narrow=True, axis=0))
+    assert scale.tolist() == pytest.approx([2 / 127, 0.5 / 127])
+    assert codes.tolist() == [[64, -127], [127, 64]]  # 63.5 goes to the even 64
+
+
+def test_the_quantized_program_holds_integers_and_says_so(chain, images):
+    quantized = quantize(chain, calibration=images)
+    state = quantized.state_dict()
+    assert state["conv1.weight"].dtype == torch.int8
+    assert state["conv1.bias"].dtype == torch.int32
+    assert quantized.history[-1].step == "quantize"
+    assert chain.state_dict()["conv1.weight"].dtype == torch.float32  # the original is as it was
+
+
+def test_a_bias_too_large_for_its_grid_widens_the_weight_scale(images):
+    model = Chain().eval()
+    with torch.no_grad():
+        model.conv2.weight[0] *= 1e-12  # scale so small that bias / scale overflows int32
+        model.conv2.bias[0] = 3.0
+    program = capture(model, images[0]).eval()
+    quantized = quantize(program, calibration=images, bias_correction=False)
+    assert snr_db(program(images[0]), quantized(images[0])) > 20
+
+
+@pytest.mark.parametrize("algorithm", ["abs_max", "min_max", "avg", "hist", "KL", "mse", "emd", "ptf"])
+def test_every_algorithm_gives_a_program_close_to_the_float_one(chain, images, algorithm):
+    quantized = quantize(chain, calibration=images, algorithm=algorithm)
+    assert snr_db(chain(images[0]), quantized(images[0])) > 15
+
+
+def test_one_pass_of_statistics_serves_every_algorithm(chain, images):
+    program = prepare(chain)
+    plan = plan_quantization(program)
+    read = []
+
+    def counted():
+        for batch in images:
+            read.append(len(batch))
+            yield batch
+
+    statistics = collect_statistics(program, values_to_observe(plan), counted())
+    ranges = {name: choose_ranges(plan, statistics, algorithm=name).ranges for name in ("min_max", "mse", "KL")}
+    assert len(read) == len(images)
+    assert ranges["min_max"] != ranges["mse"]
+
+
+def test_unusable_calibration_is_refused(chain, images):
+    with pytest.raises(CalibrationError, match="no batch"):
+        quantize(chain, calibration=[])
+    with pytest.raises(DataError, match=r"batch 0.*NaN"):
+        quantize(chain, calibration=[images[0] * float("nan")])
+    with pytest.raises(DataError, match=r"batch 1.*takes"):
+        quantize(chain, calibration=[images[0], images[0][:, :2]])
+    with pytest.raises(UnknownNameError, match="mse"):
+        quantize(chain, calibration=images, algorithm="msee")
+    plan = plan_quantization(chain)
+    with pytest.raises(ConfigError, match="no ranges"):
+        apply_quantization(chain, plan)
+
+
+def test_same_data_same_program(chain, images):
+    one, two = (quantize(chain, calibration=images) for _ in range(2))
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(one.state_dict()[key], two.state_dict()[key]) for key in one.state_dict())
+
+
+# Bias correction
+
+
+def test_corrected_layers_have_the_mean_output_that_they_had(chain, images):
+    program = prepare(chain)
+    plan = plan_quantization(program, weight_bits=3)  # coarse, so that there is something to repair
+    plan = choose_ranges(plan, collect_statistics(program, values_to_observe(plan), images), algorithm="min_max")
+    plain = apply_quantization(program, plan).eval()
+    repaired = apply_quantization(correct_bias(program, plan, images), plan).eval()
+    data = torch.cat(images)
+    shift = (program(data) - plain(data)).mean(0).abs().mean()
+    assert (program(data) - repaired(data)).mean(0).abs().mean() < 0.1 * shift
+
+
+def test_corrected_weights_keep_mean_and_stay_on_their_grid():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3) * 0.1 + 0.05
+    scheme = IntScheme(bits=4, narrow=True, axis=0)
+    codes, scale = quantized_weight(weight, scheme)
+    repaired = correct_weight(weight, scheme)
+    steps = repaired / scale.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    error = (weight - codes.float() * scale.reshape(-1, 1, 1, 1)).mean((1, 2, 3)).abs()
+    assert ((weight - repaired).mean((1, 2, 3)).abs() <= error + scale / 4).all()
+
+
+# Export
+
+
+@pytest.mark.parametrize("name", toys.TOYS)
+def test_quantized_toys_compute_the_same_in_onnx_runtime(name, tmp_path):
+    program = captured(name).eval()
+    quantized = quantize(program, calibration=batches(name))
+    path = tmp_path / "model.onnx"
+    export_onnx(quantized, path)
+    check = check_export(quantized, path, positional(name, 8))
+    assert check.largest_code_difference <= 1
+    inputs = positional(name, 8)
+    assert snr_db(first(program(*inputs)), first(quantized(*inputs))) > 15
+
+
+@pytest.mark.parametrize("name", ["ConvChain", "Residual", "Depthwise", "SqueezeExcite", "Grouped", "Conv1d"])
+def test_every_convolution_becomes_an_integer_kernel(name, tmp_path):
+    quantized = quantize(captured(name), calibration=batches(name))
+    path = tmp_path / "model.onnx"
+    export_onnx(quantized, path)
+    count = count_kernels(path)
+    assert count.convolutions_float == 0
+    assert count.convolutions_integer > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_exports_and_runs(target, chain, images, tmp_path):
+    quantized = quantize(chain, calibration=images, target=target)
+    path = tmp_path / "model.onnx"
+    export_onnx(quantized, path)
+    onnx.checker.check_model(str(path))
+    session = onnxruntime.InferenceSession(path)
+    got = session.run(None, {"x": images[0].numpy()})[0]
+    assert snr_db(quantized(images[0]), torch.from_numpy(got)) > 25
+
+
+def test_equal_programs_give_equal_bytes(chain, images, tmp_path):
+    quantized = quantize(chain, calibration=images)
+    for name in ("one", "two"):
+        export_onnx(quantized, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_the_file_speaks_the_program_s_names(chain, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_onnx(chain, path)
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["x"]
+    assert [value.name for value in graph.output] == ["output"]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert {"conv1", "conv2", "relu_0"} <= {node.name for node in graph.node}
+    assert {"conv1.weight", "fc.bias"} <= {tensor.name for tensor in graph.initializer}
+    assert not any(node.metadata_props or node.doc_string for node in graph.node)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_exports_hold_halves(precision, chain, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_onnx(chain, path, precision=precision)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    wanted = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[precision]
+    assert model.graph.input[0].type.tensor_type.elem_type == wanted
+    assert {t.data_type for t in model.graph.initializer if "weight" in t.name} == {wanted}
+
+
+def test_large_weights_go_beside_the_model(chain, images, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_onnx(chain, path, external_data_above=100)
+    assert (tmp_path / "model.onnx.data").exists()
+    got = onnxruntime.InferenceSession(path).run(None, {"x": images[0].numpy()})[0]
+    np.testing.assert_allclose(got, chain(images[0]).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+def test_a_file_that_computes_something_else_is_caught(chain, images, tmp_path):
+    quantized = quantize(chain, calibration=images)
+    path = tmp_path / "model.onnx"
+    export_onnx(quantized, path)
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.name == "conv2.weight")
+    weight.raw_data = bytes(-np.frombuffer(weight.raw_data, dtype=np.int8))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match="quanta"):
+        check_export(quantized, path, images[0])
+
+
+def test_codes_narrower_than_their_type_are_clipped_in_the_file(chain, images):
+    plan_bits = quantize(chain, calibration=images, activation_bits=6)
+    model = to_onnx(plan_bits)
+    assert sum(node.op_type == "Clip" for node in model.graph) > 0
+
+
+def test_schemes_cannot_hold_nonsense():
+    with pytest.raises(ConfigError, match="2 to 16"):
+        IntScheme(bits=1)
+    assert dataclasses.replace(IntScheme(), bits=4).code_range == (-8, 7)
