@@ -87,9 +87,9 @@ def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
             raise ExportError(f"The program has no ONNX form. {_cause(error)}") from error
     assert converted is not None
     model = converted.model
+    pool_instead_of_mean(model)
     name_values(model, prepared.signature)
     merge_pads(model)
-    pool_instead_of_mean(model)
     clean_up(model)
     return model
 

@@ -103,12 +103,11 @@ def pool_instead_of_mean(model: ir.Model) -> None:
         if axes is None or sorted(int(axis) % 4 for axis in axes.numpy()) != [2, 3]:
             continue
         result = mean.outputs[0]
-        pool = ir.node("GlobalAveragePool", [source], name=f"{mean.name}/pool")
-        new = [pool]
+        new = [ir.node("GlobalAveragePool", [source])]
         if not mean.attributes.get_int("keepdims", 1):
-            new.append(ir.node("Squeeze", [pool.outputs[0], mean.inputs[1]], name=mean.name))
-            pool.outputs[0].name = f"{result.name}/pool"
-        new[-1].outputs[0].name, result.name = result.name, f"{result.name}/mean"
+            new.append(ir.node("Squeeze", [new[0].outputs[0], mean.inputs[1]]))
+        for node in new:
+            node.metadata_props.update(mean.metadata_props)
         new[-1].outputs[0].shape, new[-1].outputs[0].type = result.shape, result.type
         ir.convenience.replace_nodes_and_values(model.graph, mean, [mean], new, [result], [new[-1].outputs[0]])
 

@@ -39,7 +39,6 @@ class ValueStatistics:
         self.sample_abs_max_sum = 0.0
         self.histogram = StreamingHistogram() if histogram else None
 
-    @torch.no_grad()
     def update(self, x: Tensor, *, name: str) -> None:
         """Take in one batch, samples along axis 0; a tensor without elements is skipped, a scalar is one sample.
 

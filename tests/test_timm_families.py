@@ -1,0 +1,33 @@
+"""A dozen architectures of different families: captured, quantized, exported, and equal in ONNX Runtime."""
+
+import pytest
+import torch
+from models.timm_networks import FAMILIES, create, example_input
+
+from slimgraph.deploy.check_export import check_export
+from slimgraph.deploy.kernels import count_kernels
+from slimgraph.deploy.onnx import export_onnx
+from slimgraph.program.capture import capture
+from slimgraph.quantization.quantize import quantize
+
+pytestmark = pytest.mark.slow
+
+
+def snr_db(reference, other):
+    return float(10 * torch.log10(reference.double().square().sum() / (reference - other).double().square().sum()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_captures_quantizes_exports_and_agrees(name, tmp_path):
+    model = create(name)
+    program = capture(model, example_input(model, batch=1)).eval()
+    assert program.signature.batch_axis == "batch"
+    quantized = quantize(program, calibration=[example_input(model, batch=8, seed=seed) for seed in range(2)])
+    images = example_input(model, batch=7, seed=9)
+    export_onnx(quantized, tmp_path / "int8.onnx")
+    check = check_export(quantized, tmp_path / "int8.onnx", images)
+    assert check.largest_code_difference <= 1
+    assert check.agreement >= 0.995
+    with torch.inference_mode():
+        assert snr_db(program(images), quantized(images)) > 8  # random weights: rounding is all that must be seen
+    assert count_kernels(tmp_path / "int8.onnx").convolutions_float == 0
