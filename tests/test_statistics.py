@@ -131,7 +131,7 @@ def test_statistics_collected_in_inference_mode_can_be_merged_outside_of_it():
 def test_tensors_larger_than_a_block_are_counted_whole():
     torch.manual_seed(0)
     x = torch.randn(3, 700_001)  # a sample spans several pieces, and the last piece is not full
-    statistics = statistics_of(x, torch.randn(70_001, 3).relu())
+    statistics = statistics_of(x.clone().requires_grad_(), torch.randn(70_001, 3).relu())
     assert statistics.histogram.counts.sum() == statistics.count == 3 * 770_002
     np.testing.assert_allclose(statistics_of(x).sum, x.double().sum(), rtol=1e-12)
     np.testing.assert_allclose(statistics_of(x).square_sum, x.double().square().sum(), rtol=1e-12)

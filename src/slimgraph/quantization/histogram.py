@@ -29,10 +29,10 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
 class StreamingHistogram:
     """Counts of finite values, each in exactly one bin, whatever the order in which they come.
 
-    The bins cover -2**exponent to 2**exponent, both excluded, and are mirrored at zero: `counts[BINS + k]` holds the values with
-    k <= x / width < k + 1, and `counts[BINS - 1 - k]` the negative ones with k <= -x / width < k + 1. The width is a
-    power of two, so that dividing by it is exact in floating point, and two bins merge into precisely one bin of the
-    doubled width. Hence the counts depend on the values only: they are those of one histogram over all of them.
+    The bins cover -2**exponent to 2**exponent, both excluded, and are mirrored at zero: `counts[BINS + k]` holds the
+    values with k <= x / width < k + 1, and `counts[BINS - 1 - k]` the negative ones with k <= -x / width < k + 1. The
+    width is a power of two, so that dividing by it is exact in floating point, and two bins merge into precisely one
+    bin of the doubled width. Hence the counts depend on the values only: they are those of one histogram of them all.
     """
 
     __slots__ = ("counts", "exponent")
