@@ -82,7 +82,7 @@ def test_how_samples_fall_into_batches_does_not_matter():
 def test_a_quantized_value_is_what_its_readers_see():
     original = chain(2.0)
     quantized = quantize(original, calibration=[column(-1.0, 1.0)], algorithm="min_max", bias_correction=False)
-    (row,) = compare(original, quantized, [column(0.5)], values=["input_1"]).rows
+    (row,) = compare(original, quantized, [column(0.5)], values=["input"]).rows
     # -1 … 1 in 255 steps of 2/255; 0.5 is 63.75 steps above zero, so that readers see 64 steps.
     assert row.operator == "input"
     assert row.noise_rms == pytest.approx(64 * 2 / 255 - 0.5, rel=1e-4)
