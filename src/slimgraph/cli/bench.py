@@ -1,0 +1,78 @@
+"""`slimgraph bench`: how long one call takes."""
+
+from typing import Annotated
+
+import typer
+
+from slimgraph.cli.command import Answer, command
+from slimgraph.cli.options import Input, ModelArgument, Seed, Threads, Weights, allow_local_modules
+from slimgraph.errors import ConfigError
+
+
+def _sizes(texts: list[str]) -> dict[str, int]:
+    sizes = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal():
+            raise ConfigError(f"--size is {text!r}; give the name of a free axis and its size, as height=640.")
+        sizes[name] = int(size)
+    return sizes
+
+
+@command
+def bench(
+    model: ModelArgument,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="The original: both are called in turn.", show_default=False),
+    ] = None,
+    threads: Threads = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", help="Samples in a call. Otherwise 1, or what the model has fixed.", min=1, show_default=False
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", metavar="AXIS=N", help="Size of another free axis, as height=640.", show_default=False),
+    ] = None,
+    inputs: Input = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+) -> Answer:
+    """Measure how long one call of MODEL takes.
+
+    An .onnx file runs in ONNX Runtime, everything else in PyTorch.
+    """
+    from slimgraph.cli.models import open_models
+    from slimgraph.deploy.latency import LatencyComparison, measure_latency
+    from slimgraph.deploy.runtime import OnnxModel
+    from slimgraph.progress import ProgressBar
+
+    names = [model] if against is None else [model, against]
+    allow_local_modules(*names)
+    sizes = _sizes(size or [])
+    with ProgressBar() as progress:
+        progress(f"Opening {' and '.join(names)}")
+        opened = open_models(names, inputs=inputs, weights=weights)
+        progress("Measuring")
+        latency = measure_latency(
+            opened[0],
+            against=None if against is None else opened[1],
+            threads=threads,
+            batch=batch,
+            sizes=sizes,
+            seed=seed,
+        )
+    runtimes = ["ONNX Runtime" if isinstance(each, OnnxModel) else "PyTorch" for each in opened]
+    told = ", against ".join(f"{name} in {runtime}" for name, runtime in zip(names, runtimes, strict=True))
+    return Answer(
+        data={
+            "model": model,
+            "runtime": runtimes[0],
+            **({} if against is None else {"against": against, "against_runtime": runtimes[1]}),
+            ("comparison" if isinstance(latency, LatencyComparison) else "latency"): latency,
+        },
+        shown=(f"{told}: {latency}",),
+    )

@@ -1,0 +1,164 @@
+"""`slimgraph compress`: a model in, a smaller and faster one out, with the proof."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from slimgraph.cli.command import Answer, command
+from slimgraph.cli.options import (
+    BatchSize,
+    Data,
+    ImageSize,
+    Input,
+    Mean,
+    Metric,
+    ModelArgument,
+    Order,
+    ResizeSize,
+    Seed,
+    Std,
+    Threads,
+    Weights,
+    allow_local_modules,
+    image_options,
+)
+from slimgraph.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slimgraph.auto.pipeline import Compression
+    from slimgraph.quantization.plan import QuantizationPlan
+
+DROP_EXCEEDED = 3
+
+
+@command
+def compress(
+    context: typer.Context,
+    model: ModelArgument,
+    data: Data,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the result; made if it is missing.", show_default=False),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data",
+            metavar="SPEC",
+            help="What to judge the result on, as --data. With labels accuracy is measured, without them agreement "
+            "with the original; if not given, agreement on --data.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", help="Where it will run: onnxruntime, tensorrt, openvino, mobile, simulate.")
+    ] = "onnxruntime",
+    metric: Metric = "top1",
+    max_drop: Annotated[
+        float,
+        typer.Option("--max-drop", help="How much of the metric may be lost, absolute. Beyond it the exit code is 3."),
+    ] = 0.01,
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", help="How ranges are chosen: mse, KL, hist, avg, abs_max, …")
+    ] = "mse",
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="PATTERN",
+            help="Layers that stay float: a name, a glob as 'head.*', re:PATTERN or op:NAME. Any number of times.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, and write nothing.", show_default=False)
+    ] = False,
+    batch_size: BatchSize = 32,
+    inputs: Input = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    resize_size: ResizeSize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    order: Order = "RGB",
+) -> Answer:
+    """Compress MODEL to int8: writes model.onnx, model.pt2, report.html and report.json.
+
+    Ranges are calibrated on --data, of which a few hundred samples are enough. Exit code 3 says that more was lost than
+    --max-drop allows; the files are written all the same.
+    """
+    allow_local_modules(model, data, eval_data or "", metric)
+    image = image_options(image_size, resize_size, mean, std, order)
+    if out is None and not dry_run:
+        raise ConfigError("Give --out, the folder of the result, or --dry-run to see the plan only.")
+    from slimgraph.auto.pipeline import CompressOptions
+    from slimgraph.auto.pipeline import compress as compress_program
+    from slimgraph.cli.models import open_program
+    from slimgraph.progress import ProgressBar
+    from slimgraph.training.data import open_data
+
+    with ProgressBar() as progress:
+        progress(f"Opening {model}")
+        program = open_program(model, inputs=inputs, weights=weights)
+        calibration, evaluation = (
+            None if spec is None else open_data(spec, program.signature, batch_size=batch_size, image=image, seed=seed)
+            for spec in (data, eval_data)
+        )
+        assert calibration is not None
+        options: CompressOptions = {
+            "eval_data": evaluation,
+            "target": target,
+            "metric": metric,
+            "max_drop": max_drop,
+            "algorithm": algorithm,
+            "skip": skip or [],
+            "seed": seed,
+            "threads": threads,
+            "progress": progress,
+            "command": shlex.join(["slimgraph", *context.obj]),
+        }
+        if out is None or dry_run:
+            return _planned(compress_program(program, calibration, out=out or ".", dry_run=True, **options))
+        return told(compress_program(program, calibration, out=out, **options))
+
+
+def _planned(plan: "QuantizationPlan") -> Answer:
+    return Answer(data=json.loads(plan.to_json()), shown=(plan.table(),))
+
+
+def told(result: "Compression") -> Answer:
+    """What a compression gave: the first line of its report, the numbers, what else to know, and the files."""
+    from slimgraph.report.page import summary
+
+    report = result.report
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", report.original.label, report.compressed.label, "change"):
+        table.add_column(column, overflow="fold")
+    for line in summary(report):
+        table.add_row(line.quantity, line.before, line.after, line.change)
+    return Answer(
+        data={
+            "headline": report.headline.text,
+            "drop_exceeded": result.drop_exceeded,
+            "metric": report.metric,
+            "size_bytes_before": report.original.size_bytes,
+            "size_bytes_after": report.compressed.size_bytes,
+            "latency": report.latency,
+            "notices": report.notices,
+            "files": result.files,
+        },
+        shown=(
+            report.headline.text,
+            table,
+            *(f"{notice.level.capitalize()}: {notice.text}" for notice in report.notices),
+            f"Written: {', '.join(str(path) for path in result.files.values())}",
+        ),
+        exit_code=DROP_EXCEEDED if result.drop_exceeded else 0,
+    )

@@ -1,0 +1,124 @@
+"""`slimgraph inspect`: what is in a model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from slimgraph.cli.command import Answer, command
+from slimgraph.cli.options import Input, ModelArgument, Weights, allow_local_modules
+
+if TYPE_CHECKING:
+    from slimgraph.program.program import HistoryEntry, Program
+    from slimgraph.program.signature import Signature
+
+
+@command
+def inspect(model: ModelArgument, inputs: Input = None, weights: Weights = None) -> Answer:
+    """Show inputs, outputs, layers, parameters, MACs, operators and history of MODEL."""
+    allow_local_modules(model)
+    from slimgraph.cli.models import open_model
+    from slimgraph.program.program import Program
+    from slimgraph.progress import ProgressBar
+
+    with ProgressBar() as progress:
+        progress(f"Opening {model}")
+        opened = open_model(model, inputs=inputs, weights=weights)
+        return _of_program(model, opened) if isinstance(opened, Program) else _of_onnx(model, opened.signature)
+
+
+def _of_program(name: str, program: "Program") -> Answer:
+    from slimgraph.program.count import count
+    from slimgraph.program.names import operator_name
+
+    counted = count(program)
+    operators = Counter(operator_name(node.target) for node in program.graph.nodes if node.op == "call_function")
+    table = _table("layer", "operator", "output", "parameters", "MACs")
+    for row in counted.rows:
+        shape = ", ".join(map(str, row.output_shape))
+        cells = (row.value, row.operator, f"[{shape}]", f"{row.parameters:,}", f"{row.macs:,}")
+        table.add_row(*map(Text, cells))
+    table.add_section()
+    table.add_row("total", "", "", f"{counted.parameters:,}", f"{counted.macs:,}")
+    steps = [f"  {_step(entry)}" for entry in program.history]
+    uncounted = f"Not counted, for want of a rule: {', '.join(counted.uncounted)}." if counted.uncounted else ""
+    return Answer(
+        data={
+            "model": name,
+            "kind": "program",
+            "inputs": program.signature.inputs,
+            "outputs": program.signature.outputs,
+            "layers": counted.rows,
+            "parameters": counted.parameters,
+            "macs": counted.macs,
+            "flops": counted.flops,
+            "weight_bytes": counted.weight_bytes,
+            "uncounted": counted.uncounted,
+            "operators": dict(operators.most_common()),
+            "history": program.history,
+        },
+        shown=(
+            *_interface(name, program.signature),
+            table,
+            f"{counted.macs:,} MACs ({counted.flops:,} FLOPs) for {', '.join(map(str, counted.inputs))}; "
+            f"{counted.weight_bytes:,} bytes of weights.",
+            *([uncounted] if uncounted else []),
+            _operators(operators),
+            *(["History:", *steps] if steps else ["No history."]),
+        ),
+    )
+
+
+def _of_onnx(name: str, signature: "Signature") -> Answer:
+    from slimgraph.cli.onnx_facts import onnx_facts
+
+    facts = onnx_facts(name)
+    written = f" Written by {facts.producer}." if facts.producer else ""
+    return Answer(
+        data={
+            "model": name,
+            "kind": "onnx",
+            "inputs": signature.inputs,
+            "outputs": signature.outputs,
+            "parameters": facts.parameters,
+            "size_bytes": facts.size_bytes,
+            "operators": facts.operators,
+            "opset": facts.opset,
+            "producer": facts.producer,
+        },
+        shown=(
+            *_interface(name, signature),
+            f"{facts.parameters:,} parameters; {facts.size_bytes:,} bytes; opset {facts.opset}.{written}",
+            _operators(facts.operators),
+        ),
+    )
+
+
+def _interface(name: str, signature: "Signature") -> list[str]:
+    return [
+        name,
+        *(f"  input   {spec}" for spec in signature.inputs),
+        *(f"  output  {spec}" for spec in signature.outputs),
+    ]
+
+
+def _operators(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f"Operators: {', '.join(f'{operator} {number}' for operator, number in ordered)}."
+
+
+def _step(entry: "HistoryEntry") -> str:
+    """One line of the history; long lists are in the JSON."""
+    told = {**entry.parameters, **entry.result}
+    short = [f"{key} {value}" for key, value in told.items() if isinstance(value, (bool, int, float, str))]
+    return f"{entry.step}: {', '.join(short)}" if short else entry.step
+
+
+def _table(*header: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in header:
+        table.add_column(column, justify="right" if column in ("parameters", "MACs") else "left", overflow="fold")
+    return table

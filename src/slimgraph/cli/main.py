@@ -1,0 +1,81 @@
+"""The `slimgraph` command."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from slimgraph import __version__
+from slimgraph.cli.bench import bench
+from slimgraph.cli.command import report_error
+from slimgraph.cli.compress import compress
+from slimgraph.cli.convert import convert
+from slimgraph.cli.demo import demo
+from slimgraph.cli.doctor import doctor
+from slimgraph.cli.evaluate import evaluate
+from slimgraph.cli.inspect import inspect
+from slimgraph.cli.verify import verify
+
+
+class _Commands(TyperGroup):
+    """Says in one paragraph what is wrong with a command line."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        extra["obj"] = given  # a report says what was typed to get it
+        try:
+            code = super().main(given, prog_name, complete_var, False, windows_expand_args, **extra)
+        except typer.TyperException as error:
+            if not standalone_mode:
+                raise
+            context = getattr(error, "ctx", None)
+            if message := error.format_message():  # there is none where the help was shown instead
+                command = context.command_path if context else "slimgraph"
+                report_error(f"{message.rstrip('.')}. `{command} --help` shows what can be given.")
+            code = error.exit_code
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+app = typer.Typer(
+    name="slimgraph",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+for _command in (demo, inspect, compress, evaluate, bench, convert, verify, doctor):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"slimgraph {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make trained networks smaller and faster, and measure what it costs."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="slimgraph")

@@ -1,0 +1,190 @@
+"""Open what the argument MODEL names."""
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from slimgraph.cli.weights import load_weights
+from slimgraph.deploy.random_inputs import random_inputs
+from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.errors import ConfigError, ModelLoadError, closest
+from slimgraph.formats import load
+from slimgraph.program.capture import capture
+from slimgraph.program.program import Program
+from slimgraph.program.signature import Signature, TensorSpec
+from slimgraph.training.callables import import_callable, is_reference
+
+_KINDS = "a .pt2 file, an .onnx file, or package.module:factory of an nn.Module"
+
+# What else people call a model, and what to do about it.
+_OTHER_SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"),
+            "it is usually a Python pickle, which can run code when it is read, so it is not opened. Write its state "
+            "dict with safetensors.torch.save_file, and give package.module:factory with --weights FILE.safetensors",
+        ),
+        ".safetensors": "it holds weights without a network. Give package.module:factory with --weights and this file",
+        ".ort": "it is ONNX Runtime's own format. Give the .onnx file that it was made from",
+        ".py": "it is source code. Give package.module:factory, with the module's dotted name and without .py",
+    }
+)
+
+_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?", re.ASCII)
+
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        str(dtype).removeprefix("torch."): dtype
+        for dtype in (
+            *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+            *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        )
+    }
+)
+
+
+def open_model(text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None) -> Program | OnnxModel:
+    """The model that MODEL names: a program, or an ONNX file in ONNX Runtime.
+
+    Args:
+        text: a `.pt2` file, an `.onnx` file, or `package.module:factory`, which is imported and called.
+        inputs: what `--input` says of the factory's module.
+        weights: for the factory's module.
+    Raises:
+        ModelLoadError: there is no such model, it is something else, damaged or unsafe.
+        ConfigError: `inputs` or `weights` are malformed, or the model is a file, which has its own.
+        CaptureError: the module cannot be captured.
+    """
+    return open_models([text], inputs=inputs, weights=weights)[0]
+
+
+def open_models(
+    texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None
+) -> list[Program | OnnxModel]:
+    """As `open_model`, for several; `inputs` and `weights` are for those of them that are factories."""
+    factories = {text for text in texts if is_reference(text) and not Path(text).exists()}
+    if not factories and (inputs or weights is not None):
+        option = "--input" if inputs else "--weights"
+        raise ConfigError(f"{option} is for package.module:factory, but the model is {texts[0]}. Leave the option out.")
+    return [_captured(text, inputs or (), weights) if text in factories else _from_file(text) for text in texts]
+
+
+def open_program(text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None) -> Program:
+    """As `open_model`, where only a program will do.
+
+    Raises:
+        ModelLoadError: it is an ONNX file.
+    """
+    if Path(text).suffix.lower() == ".onnx" and Path(text).exists():
+        raise ModelLoadError(
+            f"{text} is an ONNX file: it can be inspected, run and measured, but importing ONNX in order to change "
+            "it is not there yet. Give the model as .pt2, or as package.module:factory."
+        )
+    model = open_model(text, inputs=inputs, weights=weights)
+    assert isinstance(model, Program)
+    return model
+
+
+def _from_file(text: str) -> Program | OnnxModel:
+    path = Path(text)
+    suffix = path.suffix.lower()
+    if suffix not in (".pt2", ".onnx"):
+        raise ModelLoadError(_refusal(path))
+    if not path.exists():
+        raise ModelLoadError(f"There is no file {text}. {_beside(path)}Give {_KINDS}.")
+    if path.is_dir():
+        raise ModelLoadError(f"{text} is a folder. Give {_KINDS}.")
+    return OnnxModel.open(path) if suffix == ".onnx" else load(path)
+
+
+def _refusal(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_SUFFIXES:
+        return f"{path} is not read as a model: {_OTHER_SUFFIXES[suffix]}."
+    if not path.exists():
+        return f"There is no model {path}. Give {_KINDS}."
+    return f"{path} is not read as a model: nothing is known of {suffix or 'files without a suffix'}. Give {_KINDS}."
+
+
+def _beside(path: Path) -> str:
+    """The models in the folder with the most similar names, as a sentence; empty where there are none."""
+    folder = path.parent
+    names = [file.name for suffix in ("*.pt2", "*.onnx") for file in folder.glob(suffix)] if folder.is_dir() else []
+    return f"{closest(path.name, names)} " if names else ""
+
+
+def _captured(reference: str, inputs: Sequence[str], weights: Path | None) -> Program:
+    example = parse_inputs(inputs)
+    found = import_callable(reference, what="The model", error=ModelLoadError)
+    torch.manual_seed(0)  # a factory that draws its weights gives the same ones to `convert` and to `verify`
+    module = found if isinstance(found, nn.Module) else found()
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(
+            f"{reference} returned an object of type {type(module).__name__}. It must return a torch.nn.Module."
+        )
+    if weights is not None:
+        load_weights(module, weights)
+    if isinstance(module, Program):
+        return module
+    if not inputs:
+        raise ConfigError(
+            f"{reference} is a module, which does not tell what it takes. Give --input with the shape of an example, "
+            "as --input 1,3,224,224, once for each input; or by name, as --input ids=1,16:int64."
+        )
+    with _without_trace():
+        return capture(module, example)
+
+
+@contextlib.contextmanager
+def _without_trace() -> Iterator[None]:
+    """Keep to ourselves the graph and the warnings that PyTorch prints of a module that it cannot follow."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def parse_inputs(texts: Sequence[str]) -> list[Tensor] | dict[str, Tensor]:
+    """Example inputs from the text of `--input`: by name if names are given, else in order.
+
+    Raises:
+        ConfigError: a text is not `[NAME=]SHAPE[:DTYPE]`, or only some inputs have names.
+
+    >>> {name: (list(x.shape), x.dtype) for name, x in parse_inputs(["ids=1,16:int64"]).items()}
+    {'ids': ([1, 16], torch.int64)}
+    """
+    specs = [_input_spec(text, index) for index, text in enumerate(texts)]
+    named = [name for name, _ in specs if name is not None]
+    if named and len(named) < len(specs):
+        raise ConfigError("Some --input have a name and some have not. Name all of them, or none.")
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        raise ConfigError(f"--input gives {twice!r} twice.")
+    values = random_inputs(Signature(inputs=tuple(spec for _, spec in specs), outputs=()))
+    return values if named else list(values.values())
+
+
+def _input_spec(text: str, index: int) -> tuple[str | None, TensorSpec]:
+    match = _INPUT.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(
+            f"--input is {text!r}; give a shape as 1,3,224,224, with a name before and a type after it if need be: "
+            "ids=1,16:int64."
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise ConfigError(f"--input {text} has the type {dtype!r}, which does not exist. {closest(dtype, _DTYPES)}")
+    shape = tuple(int(size) for size in match["shape"].split(","))
+    if 0 in shape:
+        raise ConfigError(f"--input {text} has an axis of size 0; give at least 1.")
+    return match["name"], TensorSpec(name=match["name"] or str(index), dtype=_DTYPES[dtype], shape=shape)

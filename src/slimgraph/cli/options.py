@@ -1,0 +1,130 @@
+"""Arguments and options that several commands have, and what their text means."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from slimgraph.errors import ConfigError
+
+if TYPE_CHECKING:  # it imports torch, which `slimgraph --help` does without
+    from slimgraph.training.images import ImageOptions
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A .pt2 file, an .onnx file, or package.module:factory of an nn.Module."),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64. Once for each input.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Weights for a factory, .safetensors.", show_default=False),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="An .npz, a folder of class folders of images, a list of `path label` lines, module:callable, or digits. "
+        "data.npz[:256] takes the first 256 samples.",
+    ),
+]
+Metric = Annotated[
+    str, typer.Option("--metric", metavar="NAME", help="top1, top5 or module:callable; higher is better.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples that are read and computed at a time.", min=1)]
+Threads = Annotated[int, typer.Option("--threads", help="Threads with which latency is measured.", min=1)]
+Seed = Annotated[int, typer.Option("--seed", help="Of all randomness: the same seed, the same result.")]
+
+_IMAGES = "Images"
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="SIZE",
+        help="Side of the crop, or height,width. Otherwise what the model takes.",
+        rich_help_panel=_IMAGES,
+        show_default=False,
+    ),
+]
+ResizeSize = Annotated[
+    int | None,
+    typer.Option(
+        "--resize-size",
+        metavar="SIZE",
+        help="Shorter side to resize to before the crop. Otherwise the side of the crop.",
+        min=1,
+        rich_help_panel=_IMAGES,
+        show_default=False,
+    ),
+]
+Mean = Annotated[
+    str,
+    typer.Option(
+        "--mean", metavar="NUMBERS", help="Subtracted from pixels in 0…1: 0.5 or R,G,B.", rich_help_panel=_IMAGES
+    ),
+]
+Std = Annotated[
+    str, typer.Option("--std", metavar="NUMBERS", help="Divided by, after --mean.", rich_help_panel=_IMAGES)
+]
+Order = Annotated[
+    Literal["RGB", "BGR"], typer.Option("--order", help="Order of the channels.", rich_help_panel=_IMAGES)
+]
+
+
+def allow_local_modules(*texts: str) -> None:
+    """Let `module:name` find modules in the current folder, as `python -m` does, if one of the texts is of that form.
+
+    Only then: files that lie beside a model must not be imported instead of installed packages.
+    """
+    from slimgraph.training.callables import is_reference
+
+    places = (text.partition("[")[0] for text in texts)
+    if any(is_reference(place) and not place.startswith("digits:") for place in places):
+        sys.path.insert(0, os.getcwd())
+
+
+def _numbers(option: str, text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{option} is {text!r}; give a number, or one for each channel as 0.485,0.456,0.406."
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:,(\d+))?", text, re.ASCII)
+    if match is None:
+        raise ConfigError(f"--image-size is {text!r}; give a side as 224, or height,width as 240,320.")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def image_options(
+    image_size: str | None, resize_size: int | None, mean: str, std: str, order: Literal["RGB", "BGR"]
+) -> "ImageOptions":
+    """How images become numbers, from the text of the options.
+
+    Raises:
+        ConfigError: a text is not what its option takes.
+    """
+    from slimgraph.training.images import ImageOptions
+
+    return ImageOptions(
+        image_size=None if image_size is None else _image_size(image_size),
+        resize_size=resize_size,
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+        order=order,
+    )

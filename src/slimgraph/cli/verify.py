@@ -1,0 +1,97 @@
+"""`slimgraph verify`: do two models give the same answers, and how closely."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from slimgraph.cli.command import Answer, command
+from slimgraph.cli.options import (
+    BatchSize,
+    Data,
+    ImageSize,
+    Input,
+    Mean,
+    Order,
+    ResizeSize,
+    Std,
+    Weights,
+    allow_local_modules,
+    image_options,
+)
+
+if TYPE_CHECKING:
+    from slimgraph.training.agreement import Agreement
+
+DIFFERENT = 1
+
+
+@command
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference: .pt2, .onnx or package.module:factory.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What should agree with it.")],
+    data: Data,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", help="Largest difference, as a fraction of the largest value of A's output.", min=0.0
+        ),
+    ] = 0.01,
+    batch_size: BatchSize = 32,
+    inputs: Input = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    resize_size: ResizeSize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    order: Order = "RGB",
+) -> Answer:
+    """Say whether models A and B agree on some data, and how closely. Exit code 0 if they do, 1 if not."""
+    allow_local_modules(a, b, data)
+    image = image_options(image_size, resize_size, mean, std, order)
+    from slimgraph.auto.outcome import counted
+    from slimgraph.cli.models import open_models
+    from slimgraph.progress import ProgressBar
+    from slimgraph.training.agreement import agreement
+    from slimgraph.training.data import open_data
+
+    with ProgressBar() as progress:
+        progress(f"Opening {a} and {b}")
+        reference, other = open_models([a, b], inputs=inputs, weights=weights)
+        samples = open_data(data, reference.signature, batch_size=batch_size, image=image)
+        found = agreement(other, reference, counted(samples, progress, "Comparing"))
+    # A NaN compares as false, so that it never agrees.
+    agree = all(output.max_abs <= tolerance * output.reference_max_abs for output in found.outputs)
+    return Answer(
+        data={
+            "a": a,
+            "b": b,
+            "agree": agree,
+            "tolerance": tolerance,
+            "samples": found.samples,
+            "same_top1": found.same_top1,
+            "outputs": found.outputs,
+        },
+        shown=(_verdict(a, b, found, tolerance, agree=agree), _table(found)),
+        exit_code=0 if agree else DIFFERENT,
+    )
+
+
+def _verdict(a: str, b: str, found: "Agreement", tolerance: float, *, agree: bool) -> str:
+    from slimgraph.report.words import percent
+
+    bound = f"{'within' if agree else 'beyond'} {tolerance:g} of the largest output"
+    same = "" if found.same_top1 is None else f" Top-1 is the same on {percent(found.same_top1)}."
+    return f"{a} and {b} {'agree' if agree else 'do NOT agree'}: {bound}, on {found.samples:,} samples.{same}"
+
+
+def _table(found: "Agreement") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("output", overflow="fold")
+    for column in ("mean difference", "max difference", "largest of A", "SNR"):
+        table.add_column(column, justify="right")
+    for output in found.outputs:
+        numbers = (f"{value:.3g}" for value in (output.mean_abs, output.max_abs, output.reference_max_abs))
+        table.add_row(output.name, *numbers, f"{output.snr_db:.1f} dB")
+    return table
