@@ -1,0 +1,44 @@
+"""The README does what it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from slimgraph.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [line.partition(" #")[0] for line in LINES if line.startswith("slimgraph ")]
+LINKS = re.findall(r"\]\(([^)#]+)\)", README)
+LATER = {"docs/benchmarks.md"}  # written when the benchmarks have run
+
+
+def test_the_python_snippets_run_one_after_the_other(tmp_path):
+    script = "\n".join(block for language, block in BLOCKS if language == "python")
+    assert "slimgraph.compress" in script
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "int8 model:" in done.stdout
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_exists_with_its_options(line):
+    _, name, *arguments = shlex.split(line)
+    typer.main.get_command(app).commands[name].make_context(name, arguments)
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+
+
+@pytest.mark.parametrize("target", sorted(set(LINKS) - LATER))
+def test_every_link_leads_somewhere(target):
+    assert (ROOT / target).exists()
