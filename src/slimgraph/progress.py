@@ -67,8 +67,8 @@ class ProgressBar:
             if self._timer.finished.is_set():
                 return  # cancelled while this waited for the lock
             self._is_shown = True
-            self._live.start()
             self._show()
+            self._live.start()
 
     def _show(self) -> None:
         if self._live.disable:

@@ -7,7 +7,7 @@ import math
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
 from functools import wraps
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from slimgraph.errors import SlimgraphError
 
@@ -97,6 +99,14 @@ def _print(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
         console.width = 250  # a file or a pipe is not narrow, and a name that is cut off cannot be searched for
     for part in answer.shown:
         console.print(part, soft_wrap=isinstance(part, str))
+
+
+def table(*columns: str, numbers: Collection[str] = ()) -> Table:
+    """An empty table with these columns; `numbers` are those to align to the right."""
+    empty = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        empty.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return empty
 
 
 def report_error(message: str) -> None:

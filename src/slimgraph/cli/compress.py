@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from slimgraph.cli.command import Answer, command
+from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.options import (
     BatchSize,
     Data,
@@ -138,11 +136,9 @@ def told(result: "Compression") -> Answer:
     from slimgraph.report.page import summary
 
     report = result.report
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", report.original.label, report.compressed.label, "change"):
-        table.add_column(column, overflow="fold")
+    numbers = table("", report.original.label, report.compressed.label, "change")
     for line in summary(report):
-        table.add_row(line.quantity, line.before, line.after, line.change)
+        numbers.add_row(line.quantity, line.before, line.after, line.change)
     return Answer(
         data={
             "headline": report.headline.text,
@@ -156,7 +152,7 @@ def told(result: "Compression") -> Answer:
         },
         shown=(
             report.headline.text,
-            table,
+            numbers,
             *(f"{notice.level.capitalize()}: {notice.text}" for notice in report.notices),
             f"Written: {', '.join(str(path) for path in result.files.values())}",
         ),

@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
-from slimgraph.cli.command import Answer, command
+from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.options import Input, ModelArgument, Weights, allow_local_modules
 
 if TYPE_CHECKING:
@@ -36,13 +34,13 @@ def _of_program(name: str, program: "Program") -> Answer:
 
     counted = count(program)
     operators = Counter(operator_name(node.target) for node in program.graph.nodes if node.op == "call_function")
-    table = _table("layer", "operator", "output", "parameters", "MACs")
+    layers = table("layer", "operator", "output", "parameters", "MACs", numbers=("parameters", "MACs"))
     for row in counted.rows:
         shape = ", ".join(map(str, row.output_shape))
         cells = (row.value, row.operator, f"[{shape}]", f"{row.parameters:,}", f"{row.macs:,}")
-        table.add_row(*map(Text, cells))
-    table.add_section()
-    table.add_row("total", "", "", f"{counted.parameters:,}", f"{counted.macs:,}")
+        layers.add_row(*map(Text, cells))
+    layers.add_section()
+    layers.add_row("total", "", "", f"{counted.parameters:,}", f"{counted.macs:,}")
     steps = [f"  {_step(entry)}" for entry in program.history]
     uncounted = f"Not counted, for want of a rule: {', '.join(counted.uncounted)}." if counted.uncounted else ""
     return Answer(
@@ -62,7 +60,7 @@ def _of_program(name: str, program: "Program") -> Answer:
         },
         shown=(
             *_interface(name, program.signature),
-            table,
+            layers,
             f"{counted.macs:,} MACs ({counted.flops:,} FLOPs) for {', '.join(map(str, counted.inputs))}; "
             f"{counted.weight_bytes:,} bytes of weights.",
             *([uncounted] if uncounted else []),
@@ -113,12 +111,9 @@ def _operators(counts: Mapping[str, int]) -> str:
 def _step(entry: "HistoryEntry") -> str:
     """One line of the history; long lists are in the JSON."""
     told = {**entry.parameters, **entry.result}
-    short = [f"{key} {value}" for key, value in told.items() if isinstance(value, (bool, int, float, str))]
+    short = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in told.items()
+        if isinstance(value, (bool, int, float, str))
+    ]
     return f"{entry.step}: {', '.join(short)}" if short else entry.step
-
-
-def _table(*header: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in header:
-        table.add_column(column, justify="right" if column in ("parameters", "MACs") else "left", overflow="fold")
-    return table

@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.table import Table
 
-from slimgraph.cli.command import Answer, command
+from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.options import (
     BatchSize,
     Data,
@@ -87,11 +86,9 @@ def _verdict(a: str, b: str, found: "Agreement", tolerance: float, *, agree: boo
 
 
 def _table(found: "Agreement") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("output", overflow="fold")
-    for column in ("mean difference", "max difference", "largest of A", "SNR"):
-        table.add_column(column, justify="right")
+    measured = ("mean difference", "max difference", "largest of A", "SNR")
+    outputs = table("output", *measured, numbers=measured)
     for output in found.outputs:
         numbers = (f"{value:.3g}" for value in (output.mean_abs, output.max_abs, output.reference_max_abs))
-        table.add_row(output.name, *numbers, f"{output.snr_db:.1f} dB")
-    return table
+        outputs.add_row(output.name, *numbers, f"{output.snr_db:.1f} dB")
+    return outputs
