@@ -1,6 +1,7 @@
 """What the commands do with bad input: one paragraph that says what to do, exit code 2, nothing half-written."""
 
 import pickle
+import subprocess
 import sys
 import textwrap
 import zipfile
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from archives import METADATA, rewritten
-from cli_runs import images, model_file, net, run, write_npz
+from cli_runs import command_line, images, model_file, net, run, write_npz
 
 
 @pytest.fixture(autouse=True)
@@ -413,3 +414,16 @@ def test_an_onnx_file_that_reaches_outside_its_folder():
     tensor.external_data.add(key="location", value="../secret.bin")
     Path("reaching.onnx").write_bytes(model.SerializeToString())
     assert "outside" in refusal("inspect", "reaching.onnx")
+
+
+def test_a_process_of_its_own_ends_the_same_way():
+    script = Path(sys.executable).with_name("slimgraph")
+    commands = [
+        command_line("inspect", "missing.pt2"),
+        *([[script, "inspect", "missing.pt2"]] if script.exists() else []),
+    ]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("Error: There is no file missing.pt2.")
+        assert done.stderr.count("\n") == 1
