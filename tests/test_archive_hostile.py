@@ -345,6 +345,11 @@ def test_sizes_that_programs_have_pass(expression):
         f"{S}; print()",
         f"exec({S})",
         "\x00",
+        f"{S}\n",
+        f"{S}#",
+        "Symbol('s0'\\\n)",
+        "Symbol('\\x73\\x30')",
+        "\N{FULLWIDTH LATIN CAPITAL LETTER I}nteger(1)",  # to Python, the same identifier
     ],
 )
 def test_sizes_that_could_run_code_are_refused(expression):
@@ -486,7 +491,7 @@ def test_a_later_format_of_pytorch_is_refused_with_both_versions(good, tmp_path)
         model["torch_version"] = "3.1"
 
     path = rewritten(good, tmp_path / "model.pt2", MODEL, later)
-    assert "PyTorch 3.1 wrote it in version 9" in refusal(path)
+    assert "PyTorch '3.1' wrote it in version 9" in refusal(path)
 
 
 # Random damage.

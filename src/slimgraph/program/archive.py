@@ -21,6 +21,7 @@ from slimgraph.program.flatten import flatten
 from slimgraph.program.names import layer_of, name_captured_graph, set_names, value_of
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.reexport import reexport
+from slimgraph.program.signature import TensorSpec
 
 
 def save_program(program: Program, path: str | os.PathLike[str]) -> None:
@@ -38,7 +39,8 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     losses = losses_of(source)
     exported = reexport(untied(source, losses))
     exported.example_inputs = None  # they would be pickled
-    _keep_names_only(source.graph, exported.graph)
+    _keep_names_only(exported.graph)
+    _require_same_values(source.graph, exported.graph)
     description = serialize(exported, serialize_state_dict=False, serialize_constants=False).exported_program
     _require_loadable(description)
     metadata = write_metadata(metadata_of(program, losses))
@@ -56,23 +58,26 @@ def _require_operators_only(graph: fx.Graph) -> None:
             )
 
 
-def _keep_names_only(source: fx.Graph, exported: fx.Graph) -> None:
-    """Drop stack traces and other traces of the machine that wrote the file; make sure that no name is lost."""
-    for node in exported.nodes:
+def _keep_names_only(graph: fx.Graph) -> None:
+    """Drop stack traces and other traces of the machine that wrote the file."""
+    for node in graph.nodes:
         layer, value, meaning = layer_of(node), value_of(node), node.meta.get("val")
         node.meta.clear()
         if meaning is not None:
             node.meta["val"] = meaning
         if layer or value:
             set_names(node, layer=layer, value=value)
-    lost = _whole_values(source) - _whole_values(exported)
-    doubled = [name for name, count in _whole_values(exported).items() if count > 1]
-    if lost or doubled:
-        raise ProgramError(f"Exporting the program changes its values {', '.join([*lost, *doubled][:5])}.")
+
+
+def _require_same_values(source: fx.Graph, exported: fx.Graph) -> None:
+    before, after = _whole_values(source), _whole_values(exported)
+    changed = [*(before - after), *(name for name, count in after.items() if count > 1)]
+    if changed:
+        raise ProgramError(f"The program cannot be saved, because exporting it changes {', '.join(changed[:5])}.")
 
 
 def _whole_values(graph: fx.Graph) -> Counter[str]:
-    """Names of the values that operators return."""
+    """Names of the values that operators return; what is taken out of them has its names in the metadata."""
     return Counter(
         value_of(node)
         for node in graph.nodes
@@ -115,7 +120,7 @@ def _loaded(path: Path) -> Program:
         weights, constants = read_tensors(members)
     if description.schema_version.major != schema.SCHEMA_VERSION[0]:
         raise ModelLoadError(
-            f"PyTorch {description.torch_version[:50]} wrote it in version {description.schema_version.major} of its "
+            f"PyTorch {description.torch_version[:50]!r} wrote it in version {description.schema_version.major} of its "
             f"format, and PyTorch {torch.__version__} reads version {schema.SCHEMA_VERSION[0]}."
         )
     try:
@@ -141,13 +146,18 @@ def _own(exported: torch.export.ExportedProgram, metadata: Metadata) -> Program:
     for wanted, found in zip(
         (*signature.inputs, *signature.outputs), (*program.signature.inputs, *program.signature.outputs), strict=True
     ):
-        if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
-            raise ModelLoadError(f"its metadata says {wanted}, and its graph {found}.")
+        if (wanted.dtype, _fixed(wanted)) != (found.dtype, _fixed(found)):
+            raise ModelLoadError(f"its metadata says {str(wanted)[:200]!r}, and its graph {str(found)!r}.")
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node, spec in zip(placeholders, signature.inputs, strict=True):
         set_names(node, layer="", value=spec.name)
     restore(program, metadata.losses)
     return edit.finish(Program(program.graph_module, signature, metadata.steps()))
+
+
+def _fixed(spec: TensorSpec) -> list[int | None]:
+    """The shape without the names of free axes; how an expression of several is written is up to PyTorch."""
+    return [size if isinstance(size, int) else None for size in spec.shape]
 
 
 class _AxisNames(dict[tuple[str, int], str]):

@@ -65,7 +65,7 @@ def _restore_aliases(module: fx.GraphModule, losses: Losses) -> None:
     for group in losses.aliases:
         shapes = {(tensors[name].shape, tensors[name].dtype) for name in group if name in tensors}
         if len(shapes) != 1 or not set(group) <= set(tensors):
-            raise ModelLoadError(f"its metadata ties {', '.join(group)[:200]}, which are not tensors of one shape.")
+            raise ModelLoadError(f"its metadata ties {', '.join(group)[:200]!r}, which are not tensors of one shape.")
         for name in group[1:]:
             path, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(path), attribute, tensors[group[0]])
@@ -85,7 +85,12 @@ def _parts(graph: fx.Graph) -> dict[str, dict[str, tuple[str, str]]]:
     for node in graph.nodes:
         whole, index = _whole(node)
         if whole is not node and value_of(whole) and value_of(node):
-            parts.setdefault(value_of(whole), {})[index] = (layer_of(node), value_of(node))
+            named = parts.setdefault(value_of(whole), {})
+            if index in named:  # an export makes them one
+                raise ProgramError(
+                    f"{named[index][1]!r} and {value_of(node)!r} are the same part of {value_of(whole)!r}."
+                )
+            named[index] = (layer_of(node), value_of(node))
     return parts
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -129,7 +130,7 @@ def open_members(path: Path) -> Iterator[Members]:
     except OSError as error:
         raise ModelLoadError(f"it cannot be read: {error.strerror or error}.") from error
     # What the zip module raises on damaged bytes: its own class, and whatever its parsing of fields happens to meet.
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OverflowError, RuntimeError) as error:
+    except (zipfile.BadZipFile, struct.error, EOFError, ValueError, OverflowError, RuntimeError) as error:
         raise ModelLoadError(f"the archive is cut off or damaged ({error}). Copy or save it again.") from error
 
 
@@ -154,7 +155,7 @@ def _require_archive(file: io.BufferedReader) -> None:
 def write_members(path: Path, members: Iterable[tuple[str, bytes | Tensor]]) -> None:
     """Write an archive that this module and `torch.export.load` read; equal members give equal bytes.
 
-    PyTorch's own writer ends the process when the disk is full.
+    PyTorch's own writer is not used, because it ends the process when the disk is full.
 
     Args:
         members: contents by name below the root folder; of a tensor, its elements in the order of memory.

@@ -75,13 +75,21 @@ class Metadata:
     losses: Losses
 
     def signature(self) -> Signature:
-        """The signature of the program."""
-        return Signature(
+        """The signature of the program.
+
+        Raises:
+            ModelLoadError: two inputs have one name, a type does not exist, or a free axis has no size to try it with.
+        """
+        signature = Signature(
             inputs=tuple(map(_spec, self.inputs)),
             outputs=tuple(map(_spec, self.outputs)),
             output_form=self.output_form,
             example_sizes=self.example_sizes,
         )
+        names = {spec.name for spec in self.inputs}
+        if len(names) < len(self.inputs) or any(self.example_sizes.get(axis, 0) < 1 for axis in signature.free_axes):
+            raise ModelLoadError(f"its {MEMBER} has two inputs of one name, or a free axis without an example size.")
+        return signature
 
     def steps(self) -> tuple[HistoryEntry, ...]:
         """The history of the program."""
@@ -137,15 +145,15 @@ def read_metadata(text: bytes) -> Metadata:
     if written > VERSION:
         writer = str(content.get("slimgraph"))[:50]
         raise ModelLoadError(
-            f"its metadata has version {written} (written by slimgraph {writer}), and slimgraph {_own_version()} reads "
-            f"versions up to {VERSION}. Install a newer slimgraph."
+            f"its metadata has version {written} (written by slimgraph {writer!r}), and slimgraph {_own_version()} "
+            f"reads versions up to {VERSION}. Install a newer slimgraph."
         )
     try:
         return TypeAdapter(Metadata).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ModelLoadError(f"its {MEMBER} is damaged: {place}: {first['msg']}.") from error
+        raise ModelLoadError(f"its {MEMBER} is damaged: {place[:200]!r}: {first['msg']}.") from error
 
 
 def _own_version() -> str:

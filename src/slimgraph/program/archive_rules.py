@@ -55,7 +55,7 @@ _ARITHMETIC = frozenset(
 
 # ATen functions with a leading underscore skip checks of their arguments that their public callers have made. These
 # are the ones that PyTorch's own decompositions leave in graphs, or that operators such as `&` turn into.
-_CHECKED_INTERNALS = frozenset(
+_INTERNALS_IN_GRAPHS = frozenset(
     [
         *("__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"),
         *("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_cdist_forward", "_convolution", "_fft_c2c"),
@@ -87,9 +87,9 @@ def _operator(text: str, where: str) -> None:
     if parts is None:
         raise ModelLoadError(f"it calls {text[:200]!r}; a program calls operators of torch.ops.aten only.")
     namespace, name, overload = parts.groups()
-    internal = namespace == "aten" and name.startswith("_") and name not in _CHECKED_INTERNALS
+    internal = namespace == "aten" and name.startswith("_") and name not in _INTERNALS_IN_GRAPHS
     if internal or name in _REACHING_OUTSIDE:
-        raise ModelLoadError(f"it calls {text!r}, which PyTorch does not check the arguments of or which reads files.")
+        raise ModelLoadError(f"it calls {text!r}, which is internal to PyTorch or reads files.")
     if f"{namespace}::{name}" + (f".{overload}" if overload != "default" else "") not in _dispatched():
         known = [other.partition("::")[2] for other in _dispatched() if other.startswith(f"{namespace}::")]
         raise ModelLoadError(
@@ -108,14 +108,15 @@ _FUNCTIONS = MappingProxyType(
         **dict.fromkeys(("ToFloat", "TruncToInt", "FloorToInt", "CeilToInt", "RoundToInt", "Not"), (1, 1)),
     }
 )
-_LONGEST_EXPRESSION = 1000
 _HIGHEST_POWER = 8
+# SymPy has a tokenizer of its own; with these characters it reads what Python's parser reads.
+_EXPRESSION = re.compile(r"[\w(),=' -]{1,1000}", re.ASCII)
 
 
 def _expression(text: str, where: str) -> None:
     try:
-        if len(text) > _LONGEST_EXPRESSION:
-            raise ValueError("too long")
+        if not _EXPRESSION.fullmatch(text):
+            raise ValueError("empty, too long, or with unusual characters")
         _check_expression(ast.parse(text, mode="eval").body, powers=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ModelLoadError(
