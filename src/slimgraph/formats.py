@@ -1,0 +1,121 @@
+"""Load and save models by the suffix of their file."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputError
+from slimgraph.program.archive import load_program, save_program
+from slimgraph.program.cast import cast
+from slimgraph.program.program import Program
+
+_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """The program in a `.pt2` file, in evaluation mode on the CPU.
+
+    Raises:
+        ModelLoadError: the file is missing, damaged, unsafe, of another kind, or from a newer slimgraph.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".pt2" or not suffix or Path(path).is_dir():
+        return load_program(path)
+    if not Path(path).exists():
+        raise ModelLoadError(f"{os.fspath(path)} cannot be loaded: there is no such file.")
+    if suffix == ".onnx":
+        raise ModelLoadError(
+            f"{os.fspath(path)} is an ONNX file. It can be run and measured, but not yet be loaded for compression; "
+            "capture the module that it was exported from, or give its .pt2."
+        )
+    if suffix in _PICKLES:
+        raise ModelLoadError(
+            f"{os.fspath(path)} is a pickle by its name, which would run code of its author's choice while it is read, "
+            "so it is refused. Capture the module, and give its weights as safetensors."
+        )
+    raise ModelLoadError(f"{os.fspath(path)} has the suffix {suffix!r}; give a .pt2 file.")
+
+
+def save(program: Program, path: str | os.PathLike[str]) -> None:
+    """Write a program: `.pt2` to load it again, `.onnx` to run it.
+
+    Raises:
+        ExportError: the suffix is another one, or the program has no ONNX form.
+        ProgramError: the program uses what a `.pt2` cannot hold.
+        OutputError: the file cannot be written; an older one at `path` stays whole.
+    """
+    match Path(path).suffix.lower():
+        case ".pt2":
+            save_program(program, path)
+        case ".onnx":
+            from slimgraph.deploy.onnx import export_onnx  # takes seconds to import, and loading does not need it
+
+            export_onnx(program, path)
+        case suffix:
+            raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2 or .onnx.")
+
+
+def convert(
+    source: Program | str | os.PathLike[str], out: str | os.PathLike[str], *, precision: str = "float32"
+) -> None:
+    """Write a program, or the one in a file, in the form that the suffix of `out` names: `.onnx` or `.pt2`.
+
+    An ONNX file is checked before it gets its name: in float32, and quantized, it has to compute in ONNX Runtime what
+    the program computes. In half precision only ONNX's own rules are checked, since the CPU has few kernels for it, and
+    ONNX Runtime 1.32 crashes while it optimizes some of such models.
+
+    Args:
+        precision: "float32" leaves the numbers as they are; "float16" and "bfloat16" change all floating-point numbers
+            of the file, inputs and outputs included.
+    Raises:
+        ModelLoadError: as `load`.
+        ConfigError: there is no such precision, a quantized program was to change it, or `out` is the source itself.
+        ExportError, ProgramError, OutputError: as `save`, and if the ONNX file is found wrong.
+    """
+    from slimgraph.deploy.onnx import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
+    target = Path(out)
+    if not isinstance(source, Program) and target.exists() and target.samefile(source):
+        raise ConfigError(f"{target} is the model that is to be converted. Give another name for the result.")
+    program = source if isinstance(source, Program) else load(source)
+    if target.suffix.lower() == ".onnx":
+        _write_checked(program, target, precision)
+    else:
+        save(program if precision == "float32" else cast(program, PRECISIONS[precision]), target)
+
+
+def _write_checked(program: Program, target: Path, precision: str) -> None:
+    from slimgraph.deploy.check_export import check_export
+    from slimgraph.deploy.onnx import export_onnx
+    from slimgraph.deploy.random_inputs import random_inputs
+
+    try:
+        aside = TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
+        ) from error
+    with aside as folder:
+        written = Path(folder) / target.name
+        export_onnx(program, written, precision=precision)
+        if precision == "float32":
+            check_export(program, written, random_inputs(program.signature))
+        else:
+            _check_rules(written)
+        try:
+            for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights of a large model before the model
+                part.replace(target.parent / part.name)
+        except OSError as error:
+            raise OutputError(f"Cannot write {target}: {error.strerror}. What stood there is unchanged.") from error
+
+
+def _check_rules(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"In this precision the program has no ONNX form that is valid: {reason}") from error
