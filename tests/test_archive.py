@@ -233,6 +233,7 @@ def test_tensors_of_every_kind_survive(tmp_path):
     program = capture(Constants(), torch.randn(2, 4))
     loaded = saved_and_loaded(program, tmp_path)
     assert_equal_outputs(program, loaded, [torch.randn(5, 4)])
+    assert loaded.state_dict().keys() == program.state_dict().keys()
     for name, tensor in tensors(program).items():
         assert tensors(loaded)[name].dtype == tensor.dtype
         assert torch.equal(tensors(loaded)[name], tensor)

@@ -357,6 +357,23 @@ def test_sizes_that_could_run_code_are_refused(expression):
         RULES["SymExpr.expr_str"](expression, "size")
 
 
+@pytest.mark.parametrize("character", ['"', "\\", "\n", "\r", "\0", "\x85", "\u2028"])
+def test_names_that_could_leave_a_string_in_generated_code_are_refused(character, good, tmp_path):
+    name = f"fc{character}x"
+    assert "not a name that is safe" in refusal(renamed(good, tmp_path / "layer.pt2", MODEL, "fc", name))
+    for old in ("x", "output", "getitem_0", "batch"):
+        path = renamed(good, tmp_path / f"{old}.pt2", METADATA, old, name)
+        assert "not a name that is safe" in refusal(path)
+
+
+def renamed(good: Path, path: Path, member: str, old: str, new: str) -> Path:
+    """The good file in which one member calls something by another name, in metadata too."""
+    contents = members(good)
+    inside = contents[member].decode().replace(f'\\"{old}\\"', json.dumps(json.dumps(new))[1:-1])
+    contents[member] = inside.replace(f'"{old}"', json.dumps(new)).encode()
+    return write(path, contents)
+
+
 # Archives that lie about their members.
 
 

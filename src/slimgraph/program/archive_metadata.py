@@ -1,8 +1,10 @@
 """What a `.pt2` holds about a program beyond PyTorch's own description, as versioned JSON."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slimgraph.errors import ModelLoadError, ProgramError
+from slimgraph.program.archive_rules import label
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.signature import Signature, TensorSpec
 
@@ -149,11 +152,24 @@ def read_metadata(text: bytes) -> Metadata:
             f"reads versions up to {VERSION}. Install a newer slimgraph."
         )
     try:
-        return TypeAdapter(Metadata).validate_json(text)
+        metadata = TypeAdapter(Metadata).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ModelLoadError(f"its {MEMBER} is damaged: {place[:200]!r}: {first['msg']}.") from error
+    for name in _names(metadata):
+        label(name, MEMBER)
+    return metadata
+
+
+def _names(metadata: Metadata) -> Iterator[str]:
+    """Everything in the metadata that becomes a name in a program."""
+    for spec in (*metadata.inputs, *metadata.outputs):
+        yield spec.name
+        yield from (size for size in spec.shape if isinstance(size, str))
+    yield from chain.from_iterable(metadata.losses.aliases)
+    for parts in metadata.losses.parts.values():
+        yield from chain.from_iterable(parts.values())
 
 
 def _own_version() -> str:

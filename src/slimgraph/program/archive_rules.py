@@ -20,8 +20,9 @@ LARGEST_INTEGER = 2**63
 
 # Names become identifiers in the Python that torch.fx generates and runs.
 _NAME = re.compile(r"[A-Za-z_]\w{0,499}", re.ASCII)
-# A qualified name is pasted between quotes there, unless all its parts are identifiers.
-_QUALIFIED_NAME = re.compile(r"[\w./:+~@#() \[\],=-]{1,1000}")
+# The name of a tensor is pasted between double quotes there, unless all its parts are identifiers. Passes name new
+# tensors after layers and values, so these have the same rule.
+_LABEL = re.compile(r"[^\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]{0,1000}")
 # PyTorch counts its data-dependent symbols up to the highest number it finds.
 _SYMBOL = re.compile(r"[su]\d{1,5}", re.ASCII)
 
@@ -32,6 +33,10 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[str, str], None]:
             raise ModelLoadError(f"its {where} is {text[:200]!r}, which is not a name that is safe to use.")
 
     return rule
+
+
+label = _matching(_LABEL)
+"""The rule for names of tensors, layers, values, inputs, outputs and free axes."""
 
 
 def _any_text(text: str, where: str) -> None:
@@ -195,7 +200,7 @@ def _check_tree(node: Any) -> None:
         _check_tree(child)
 
 
-_name, _qualified_name, _symbol = _matching(_NAME), _matching(_QUALIFIED_NAME), _matching(_SYMBOL)
+_name, _symbol = _matching(_NAME), _matching(_SYMBOL)
 
 # One rule for each place where the schema has a string, by class and field; the keys of a dictionary have their own.
 RULES: MappingProxyType[str, Callable[[str, str], None]] = MappingProxyType(
@@ -219,17 +224,17 @@ RULES: MappingProxyType[str, Callable[[str, str], None]] = MappingProxyType(
         "ConstantValue.as_string": _any_text,
         "SymExpr.expr_str": _expression,
         "Device.type": _device,
-        "InputToParameterSpec.parameter_name": _qualified_name,
-        "InputToBufferSpec.buffer_name": _qualified_name,
-        "InputToTensorConstantSpec.tensor_constant_name": _qualified_name,
-        "ModuleCallEntry.fqn": _matching(re.compile(rf"|{_QUALIFIED_NAME.pattern}")),  # the root has none
+        "InputToParameterSpec.parameter_name": label,
+        "InputToBufferSpec.buffer_name": label,
+        "InputToTensorConstantSpec.tensor_constant_name": label,
+        "ModuleCallEntry.fqn": label,
         "ModuleCallSignature.in_spec": _tree,
         "ModuleCallSignature.out_spec": _tree,
         "ModuleCallSignature.forward_arg_names": _name,
         "ExportedProgram.opset_version.key": _name,
         "ExportedProgram.range_constraints.key": _symbol,
         "ExportedProgram.torch_version": _any_text,
-        "PayloadConfig.config.key": _qualified_name,
+        "PayloadConfig.config.key": label,
         "PayloadMeta.path_name": _matching(re.compile(r"(weight|tensor)_\d{1,9}", re.ASCII)),
     }
 )

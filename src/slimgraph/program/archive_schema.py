@@ -13,7 +13,7 @@ from torch._export.serde import schema
 from torch._export.serde.union import _Union
 
 from slimgraph.errors import ModelLoadError
-from slimgraph.program.archive_rules import LARGEST_INTEGER, RULES
+from slimgraph.program.archive_rules import LARGEST_INTEGER, RULES, label
 
 T = TypeVar("T")
 
@@ -142,10 +142,16 @@ def _kept_metadata(data: Any) -> dict[str, str]:
     """Of a node's metadata, the names that this library gave it, or else the modules that it came from."""
     metadata = _expect(dict, data, "Node.metadata")
     if "custom" not in metadata:
-        return {key: text for key, text in metadata.items() if key == "nn_module_stack"}
+        return {key: _label(text) for key, text in metadata.items() if key == "nn_module_stack"}
     custom = _expect(dict, json.loads(_expect(str, metadata["custom"], "Node.metadata")), "Node.metadata")
-    names = {key: name for key, name in custom.items() if key.startswith("slimgraph.")}
-    return {"custom": json.dumps({key: _expect(str, name, "Node.metadata") for key, name in names.items()})}
+    names = {key: _label(name) for key, name in custom.items() if key.startswith("slimgraph.")}
+    return {"custom": json.dumps(names)}
+
+
+def _label(data: Any) -> str:
+    text: str = _expect(str, data, "Node.metadata")
+    label(text, "Node.metadata")
+    return text
 
 
 def _string(data: Any, where: str) -> str:
