@@ -184,6 +184,27 @@ def test_one_tensor_with_two_names_is_one_tensor_again(tmp_path):
     assert_equal_outputs(program, loaded, positional("TiedLanguageModel", 2))
 
 
+class Remnants(nn.Module):
+    """A tied tensor under a name that nobody reads, a buffer outside of the state, and a constant in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unread = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.unread.weight = self.fc.weight
+        self.register_buffer("hidden", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        return self.fc(x) * self.hidden + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_the_state_is_the_same_one_with_unread_names_and_without_constants(tmp_path):
+    program = capture(Remnants(), torch.zeros(1, 4))
+    loaded = saved_and_loaded(program, tmp_path)
+    assert set(loaded.state_dict()) == {"fc.weight", "fc.bias", "unread.weight"}
+    assert tensors(loaded)["unread.weight"] is tensors(loaded)["fc.weight"]
+    assert_equal_outputs(program, loaded, [torch.randn(3, 4)])
+
+
 def test_what_may_be_trained_stays_what_may_be_trained(tmp_path):
     program = captured("ConvChain").copy()
     program.get_parameter("graph_module.conv1.weight").requires_grad_(False)

@@ -3,7 +3,6 @@
 import copy
 import operator
 from collections import defaultdict
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
@@ -50,25 +49,24 @@ def untied(program: Program, losses: Losses) -> Program:
     """The program with a tensor of its own for every name, on the same memory; an export then keeps all names."""
     if not losses.aliases:
         return program
-    tensors: dict[str, Any] = _named_tensors(program.graph_module)
+    graph_module = edit.on_tensors_of(program.graph_module, copy.deepcopy(program.graph))
+    tensors = _named_tensors(graph_module)
     for first, *others in losses.aliases:
         for name in others:
             own = tensors[first].detach()
             is_parameter = isinstance(tensors[first], nn.Parameter)
-            tensors[name] = nn.Parameter(own, tensors[first].requires_grad) if is_parameter else own
-    graph_module = fx.GraphModule({**tensors, edit.TRAINING_FLAG: False}, copy.deepcopy(program.graph), "Program")
+            edit.put(graph_module, name, nn.Parameter(own, tensors[first].requires_grad) if is_parameter else own)
     return Program(graph_module, program.signature)
 
 
 def _restore_aliases(module: fx.GraphModule, losses: Losses) -> None:
     tensors = _named_tensors(module)
     for group in losses.aliases:
-        shapes = {(tensors[name].shape, tensors[name].dtype) for name in group if name in tensors}
-        if len(shapes) != 1 or not set(group) <= set(tensors):
+        known = [name for name in group if name in tensors]  # a name that no operator reads is gone
+        if len({(tensors[name].shape, tensors[name].dtype) for name in known}) != 1:
             raise ModelLoadError(f"its metadata ties {', '.join(group)[:200]!r}, which are not tensors of one shape.")
-        for name in group[1:]:
-            path, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(path), attribute, tensors[group[0]])
+        for name in group:
+            edit.put(module, name, tensors[known[0]])
 
 
 def _whole(node: fx.Node) -> tuple[fx.Node, str]:

@@ -1,11 +1,15 @@
 """Capture a module as a program by `torch.export`."""
 
 import inspect
+import logging
+import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,12 @@ from slimgraph.program.flatten import flatten, key_name
 from slimgraph.program.names import name_captured_graph
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.stochastic import restore_training_behaviour
+from slimgraph.program.tied import read_under_own_names
 
 BATCH = "batch"
+
+# Loggers of torch.export that print a page before it raises.
+_TALKATIVE = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def capture(
@@ -50,7 +58,7 @@ def capture(
         raise CaptureError(f"capture takes a torch.nn.Module, but got a {type(module).__name__}.")
     call = _Call.of(module, example_inputs)
     requested = _requested_axes(call, dynamic or {})
-    with _evaluation_mode(module), _plain_outputs(module), torch.no_grad():
+    with torch.no_grad(), _evaluating(module), _plain_outputs(module):
         program, reason = _with_free_batch(module, call, requested)
     lost = restore_training_behaviour(program, module)
     parameters: dict[str, Json] = {
@@ -62,17 +70,14 @@ def capture(
     if lost:
         parameters["lost_in_training"] = list[Json](lost)
     program.history = (HistoryEntry(step="capture", parameters=parameters),)
-    return program
+    return program.copy()  # with tensors of its own: to train or to move it must not reach the module
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Arguments of one call of a module, and the tensors in them by flat name."""
+    """One call of a module, of which every tensor has a name: its argument's, or a path such as `past.0.key`."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    names: tuple[str, ...]
-    """Argument names of `args`, as torch.export counts them."""
+    bound: inspect.BoundArguments
 
     @staticmethod
     def of(module: nn.Module, inputs: Any) -> "_Call":
@@ -85,24 +90,37 @@ class _Call:
                 f"The example inputs do not fit {type(module).__name__}.forward{signature}: {error}. "
                 "Give a tensor, a sequence in that order, or a mapping by argument name."
             ) from error
-        in_order = (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        )
-        names = tuple(name for name in bound.arguments if signature.parameters[name].kind in in_order)
-        return _Call(bound.args, bound.kwargs, names)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD and bound.arguments.get(name):
+                given = ", ".join(bound.arguments[name])
+                raise CaptureError(  # tried on PyTorch 2.13: its checks of free axes disagree about such arguments
+                    f"{type(module).__name__}.forward takes {given} by **{name}, which torch.export cannot follow. "
+                    "Name these arguments in the signature of forward."
+                )
+        return _Call(bound).map(_lively)
 
-    def named(self) -> dict[str, Any]:
-        """Arguments by name, in order; all that `*args` takes is one tuple."""
-        ordered: dict[str, Any] = {}
-        for index, name in enumerate(self.names):
-            takes_rest = index == len(self.names) - 1 and len(self.args) > len(self.names)
-            ordered[name] = self.args[index:] if takes_rest else self.args[index]
-        return {**ordered, **self.kwargs}
+    def map(self, function: Callable[[str, Any], Any]) -> "_Call":
+        """The call with every leaf replaced by what `function` makes of its name and itself."""
+        return _Call(inspect.BoundArguments(self.bound.signature, OrderedDict(self.structure(function))))
+
+    def structure(self, function: Callable[[str, Any], Any]) -> dict[str, Any]:
+        """What `function` makes of the leaves, nested as the arguments are."""
+        mapped: dict[str, Any] = pytree.tree_map_with_path(
+            lambda path, leaf: function(key_name(path), leaf), dict(self.bound.arguments)
+        )
+        return mapped
+
+    @property
+    def positional(self) -> list[str]:
+        """Names of what is given by position; `*args` are `args.0`, `args.1`, …"""
+        names: list[str] = []
+        for name, value in self.bound.arguments.items():
+            many = self.bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            names += [f"{name}.{index}" for index in range(len(value))] if many else [name]
+        return names[: len(self.bound.args)]
 
     def tensors(self) -> dict[str, Tensor]:
-        leaves = pytree.tree_flatten_with_path(self.named())[0]
+        leaves = pytree.tree_flatten_with_path(dict(self.bound.arguments))[0]
         return {key_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
     def samples(self) -> int:
@@ -116,15 +134,26 @@ class _Call:
 
     def with_samples(self, count: int) -> "_Call":
         """The same call with the first samples of its batched tensors, repeated as needed."""
-        batched = {id(tensor) for name, tensor in self.tensors().items() if name in self.batched()}
+        batched = self.batched()
 
-        def resize(leaf: Any) -> Any:
-            if id(leaf) not in batched:
+        def resized(name: str, leaf: Any) -> Any:
+            if name not in batched:
                 return leaf
             return leaf.repeat(-(-count // len(leaf)), *[1] * (leaf.dim() - 1))[:count].contiguous()
 
-        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
-        return _Call(args, kwargs, self.names)
+        return self.map(resized)
+
+    def run(self, module: nn.Module) -> list[Tensor]:
+        """The tensors that the module returns; what it writes into its arguments goes nowhere."""
+        own = self.map(lambda name, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf).bound
+        return [leaf for leaf in pytree.tree_leaves(module(*own.args, **own.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _lively(name: str, leaf: Any) -> Any:
+    """Numbers between 0 and 1 for an example that is the same everywhere, as zeros are: it would prove little."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2 or leaf.min() != leaf.max():
+        return leaf
+    return torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
 
 
 def _requested_axes(call: _Call, dynamic: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
@@ -145,14 +174,18 @@ def _requested_axes(call: _Call, dynamic: Mapping[str, Mapping[int, str]]) -> di
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards the modes and the buffers are what they were."""
     modes = {part: part.training for part in module.modules()}
+    buffers = [(part, name, b, b.clone()) for part in modes for name, b in part._buffers.items() if b is not None]
     module.eval()
     try:
         yield
     finally:
         for part, mode in modes.items():
             part.training = mode
+        for part, name, buffer, content in buffers:
+            part._buffers[name] = buffer.copy_(content)
 
 
 def _as_dictionaries(output: Any) -> Any:
@@ -196,23 +229,42 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
     # pooling makes 1 of 2 and 3, but lets a DYNAMIC one keep such conditions to itself.
     dims = {free: torch.export.Dim(free) if free == BATCH else torch.export.Dim.DYNAMIC for free in free_axes.values()}
 
-    def shape_of(path: Any, leaf: Any) -> Any:
-        name = key_name(path)
+    def shape_of(name: str, leaf: Any) -> Any:
         return {axis: dims[free] for (owner, axis), free in free_axes.items() if owner == name} or None
 
-    shapes = pytree.tree_map_with_path(shape_of, call.named())
+    bound = call.bound
     try:
-        with warnings.catch_warnings():
-            # Recurrent modules keep a second list of their weights, which torch.export replaces and puts back.
-            warnings.filterwarnings("ignore", r"The tensor attributes? \S+\._flat_weights\[", UserWarning)
-            exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+        with _quiet():
+            exported = torch.export.export(
+                module, bound.args, bound.kwargs, dynamic_shapes=call.structure(shape_of), strict=False
+            )
     except Exception as error:  # whatever the user's code raises, and a dozen unrelated classes of torch.export's own
         raise CaptureError(f"{type(module).__name__} cannot be captured{_place(error)}: {_summary(error)}") from error
-    program = flatten(exported, free_axes)
+    program = flatten(exported, free_axes, call.positional)
     leaves = {name for name, part in module.named_modules() if not any(part.children())}
     name_captured_graph(program.graph, leaves)
+    read_under_own_names(program)
     _compare(program, module, call)
     return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's own account of a failure off the terminal: what a reader needs of it is in our message."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    disabled = [logger.disabled for logger in loggers]
+    printed = StringIO()
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings(), redirect_stderr(printed):
+            # Recurrent modules keep a second list of their weights, which torch.export replaces and puts back.
+            warnings.filterwarnings("ignore", r"The tensor attributes? \S+\._flat_weights\[", UserWarning)
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, was in zip(loggers, disabled, strict=True):
+            logger.disabled = was
 
 
 def _place(error: BaseException) -> str:
@@ -230,7 +282,7 @@ def _summary(error: BaseException) -> str:
 
 def _compare(program: Program, module: nn.Module, call: _Call) -> None:
     """Raise unless the program computes what the module computes."""
-    expected = [leaf for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs)) if isinstance(leaf, Tensor)]
+    expected = call.run(module)
     try:
         got = pytree.tree_leaves(program(**call.tensors()))
     except RuntimeError as error:

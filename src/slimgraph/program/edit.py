@@ -44,11 +44,12 @@ def _drop_unused_tensors(graph_module: fx.GraphModule) -> None:
     used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
     # num_batches_tracked is read by no operator of an evaluation graph, but belongs to the batch norm that is.
     norms = {name.rpartition(".")[0] for name in used if name.endswith(".running_mean")}
-    named = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
-    named += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
-    for name in named:
+    tensors = dict[str, Tensor](graph_module.named_parameters(remove_duplicate=False))
+    tensors |= graph_module.named_buffers(remove_duplicate=False)
+    read = {id(tensor) for name, tensor in tensors.items() if name in used}  # a tied one perhaps under another name
+    for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
-        if name not in used and not (attribute == "num_batches_tracked" and path in norms):
+        if id(tensor) not in read and not (attribute == "num_batches_tracked" and path in norms):
             delattr(graph_module.get_submodule(path), attribute)
     _drop_empty_modules(graph_module)
 
@@ -76,28 +77,59 @@ def constant_of(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
     return None
 
 
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of `module` that holds the tensor of that qualified name, made if it is missing, and the last word."""
+    path, _, attribute = name.rpartition(".")
+    for part in path.split(".") if path else []:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    return module, attribute
+
+
+def put(module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Let `module` hold this very tensor under a qualified name, in place of what stood there.
+
+    A parameter that is put under two names is tied.
+    """
+    owner, attribute = _owner(module, name)
+    if attribute in owner._parameters or attribute in owner._buffers:
+        delattr(owner, attribute)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(attribute, tensor)
+    else:
+        owner.register_buffer(attribute, tensor, persistent)
+
+
+def on_tensors_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that runs `graph` on the tensors of `root`; `finish` drops those that it has no use for.
+
+    `fx.GraphModule` by itself leaves out what the graph does not read, such as the second name of a tied parameter, and
+    makes every buffer a part of the state dict.
+    """
+    made = fx.GraphModule(root, graph, class_name="Program")
+    persistent = root.state_dict().keys()
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        put(made, name, parameter)
+    # Constants in the code of a module are plain attributes at first.
+    for name, buffer in [*made.named_buffers(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
+        put(made, name, buffer, persistent=name in persistent)
+    return made
+
+
 def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor, *, trainable: bool | None = None) -> None:
     """Put a tensor under a qualified name, as a parameter or a buffer, replacing what stood there.
 
     Args:
         trainable: True makes a parameter, False a buffer; None keeps the kind of the tensor that it replaces.
     """
-    path, _, attribute = name.rpartition(".")
-    owner: nn.Module = graph_module
-    for part in path.split(".") if path else []:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        child = owner._modules[part]
-        assert child is not None
-        owner = child
+    owner, attribute = _owner(graph_module, name)
     if trainable is None:
         trainable = attribute in owner._parameters
-    if hasattr(owner, attribute):
-        delattr(owner, attribute)
-    if trainable:
-        owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point()))
-    else:
-        owner.register_buffer(attribute, tensor.detach())
+    own = tensor.detach()
+    put(graph_module, name, nn.Parameter(own, requires_grad=own.is_floating_point()) if trainable else own)
 
 
 def read_tensor(program: Program, name: str, tensor: Tensor, *, trainable: bool = False) -> fx.Node:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from slimgraph.errors import ConfigError, ProgramError
-from slimgraph.program.edit import finish
+from slimgraph.program.edit import finish, on_tensors_of
 from slimgraph.program.names import set_names, value_of
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.shapes import fake_values
@@ -53,8 +53,7 @@ def extract(program: Program, inputs: Sequence[str], outputs: Sequence[str]) -> 
         example_sizes=sizes.example_of(entries),
     )
     entry = HistoryEntry(step="extract", parameters={"inputs": [*inputs], "outputs": [*outputs]})
-    graph_module = fx.GraphModule(program.graph_module, graph, class_name="Program")
-    return finish(Program(graph_module, signature, (*program.history, entry)))
+    return finish(Program(on_tensors_of(program.graph_module, graph), signature, (*program.history, entry)))
 
 
 _Extent = tuple[int, ...]

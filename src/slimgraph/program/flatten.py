@@ -2,7 +2,8 @@
 
 import operator
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from slimgraph.errors import CaptureError
-from slimgraph.program.edit import finish, install_training_flags
+from slimgraph.program.edit import finish, install_training_flags, on_tensors_of
 from slimgraph.program.names import set_names
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
 
+aten = torch.ops.aten
+
 # Checks that the tracer writes for itself; the signature says what they said.
 _ASSERTIONS = (
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_async.msg,
-    torch.ops.aten.sym_constrain_range_for_size.default,
-    torch.ops.aten.sym_constrain_range.default,
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
 )
 
 
@@ -41,23 +44,27 @@ def key_name(path: Any) -> str:
     return ".".join(parts)
 
 
-def flatten(exported: torch.export.ExportedProgram, free_axes: Mapping[tuple[str, int], str]) -> Program:
+def flatten(
+    exported: torch.export.ExportedProgram, free_axes: Mapping[tuple[str, int], str], positional: Sequence[str] = ()
+) -> Program:
     """A program with one tensor an input and an output; values have no names yet, unless the graph brings them.
 
     Args:
         free_axes: names of the free axes by flat input name and axis.
+        positional: names of the arguments that are given by position; by default those of the exported program.
     """
     if _mutates_through_views(exported.graph):
-        exported = exported.run_decompositions({})
+        exported = _functionalized(exported)
     module = exported.module(check_guards=False)
-    names = _input_names(exported)
+    names = _input_names(exported, positional)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     _inline_wrapped(module)
     _make_functional(graph)
+    _restore_batch_norms(graph)
     inputs = _plain_inputs(graph, names)
     outputs, form = _plain_outputs(graph, exported)
-    flat = fx.GraphModule(module, graph, class_name="Program")
+    flat = on_tensors_of(module, graph)
     flat.train(False)
     input_specs, meanings, sizes = _named_inputs(inputs, free_axes)
     output_specs = [_output_spec(name, value, meanings) for name, value in outputs]
@@ -66,17 +73,16 @@ def flatten(exported: torch.export.ExportedProgram, free_axes: Mapping[tuple[str
     return finish(Program(flat, signature))
 
 
-def _input_names(exported: torch.export.ExportedProgram) -> list[str]:
+def _input_names(exported: torch.export.ExportedProgram, positional: Sequence[str]) -> list[str]:
     """Flat names of the placeholders, in order: argument names, and the path inside nested arguments."""
     args_spec, kwargs_spec = exported.call_spec.in_spec.children()
-    parameters = list(exported.module_call_graph[0].signature.forward_arg_names or [])
+    arguments = positional or list(exported.module_call_graph[0].signature.forward_arg_names or [])
     names = []
-    for index, child in enumerate(args_spec.children()):
-        # What `*args` takes beyond the last name is numbered: args.0, args.1, …
-        name = parameters[index] if index < len(parameters) else f"args.{index}"
+    # The exported program names its keyword arguments behind those given by position.
+    for name, child in zip(arguments, args_spec.children(), strict=False):
         names += _leaf_names(name, child)
-    for key, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
-        names += _leaf_names(str(key), child)
+    for name, child in zip(kwargs_spec.context, kwargs_spec.children(), strict=True):
+        names += _leaf_names(str(name), child)
     return names
 
 
@@ -114,6 +120,8 @@ def _plain_outputs(
         if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
             raise CaptureError(f"Output {key_name(path) or 0} is {value!r}; a program returns tensors.")
         kept.append((path, value))
+    if not kept:
+        raise CaptureError("The module returns no tensor; a program has at least one output.")
     node.args = (tuple(value for _, value in kept),)
     if spec.is_leaf():
         return [("output", kept[0][1].meta["val"])], "tensor"
@@ -189,6 +197,27 @@ def _mutates_through_views(graph: fx.Graph) -> bool:
         if _functional_twin(node.target) is None or _is_view(written) or seen_later or viewed:
             return True
     return False
+
+
+def _functionalized(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # PyTorch 2.13 warns about its own code
+        functional: torch.export.ExportedProgram = exported.run_decompositions({})
+    return functional
+
+
+def _restore_batch_norms(graph: fx.Graph) -> None:
+    """Undo the one decomposition that would cost training: of batch norms into a form without a training flag."""
+    for norm in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
+        x, weight, bias, mean, var, momentum, eps = norm.args
+        for result in list(norm.users):  # of three results, the last two are empty
+            with graph.inserting_before(result):
+                args = (x, weight, bias, mean, var, False, momentum, eps, True)
+                whole = graph.call_function(aten.batch_norm.default, args)
+            whole.meta = result.meta
+            result.replace_all_uses_with(whole)
+            graph.erase_node(result)
+        graph.erase_node(norm)
 
 
 def _make_functional(graph: fx.Graph) -> None:

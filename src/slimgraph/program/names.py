@@ -58,11 +58,17 @@ def _produces_tensors(node: fx.Node) -> bool:
     return node.op == "call_function" and any(isinstance(item, torch.Tensor) for item in items)
 
 
+def _returned(nodes: list[fx.Node]) -> fx.Node:
+    """What a call of a module returns: of its nodes, the first that somebody outside reads."""
+    return next((node for node in nodes if any(user not in nodes for user in node.users)), nodes[-1])
+
+
 def name_captured_graph(graph: fx.Graph, leaf_modules: Collection[str]) -> None:
     """Name the values of a freshly captured graph, whose inputs have names, after the modules that made them.
 
-    A module without children names the value that it returns: `conv1`, and `conv1:2` for its second call. Every other
-    operator is `path/op_i`, the i-th operator of that kind inside the module at `path` (`op_i` at the top).
+    A module without children names the value that it returns, or the first of several: `conv1`, and `conv1:2` for its
+    second call. Every other operator is `path/op_i`, the i-th of that kind inside the module at `path` (`op_i` at the
+    top).
     """
     calls: defaultdict[str, dict[str, list[fx.Node]]] = defaultdict(dict)
     for node in graph.nodes:
@@ -73,7 +79,7 @@ def name_captured_graph(graph: fx.Graph, leaf_modules: Collection[str]) -> None:
     for path, by_call in calls.items():
         counts: Counter[str] = Counter()
         for index, nodes in enumerate(by_call.values(), start=1):
-            returned = nodes[-1] if path and path in leaf_modules else None
+            returned = _returned(nodes) if path and path in leaf_modules else None
             for node in nodes:
                 if node is returned:
                     value = path if index == 1 else f"{path}:{index}"

@@ -1,7 +1,7 @@
 """`Program`: the only model type inside, a flat graph of ATen operators with names, a signature and a history."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -83,6 +83,14 @@ class Program(nn.Module):
         """A program that shares nothing with this one."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+        twin = Program.__new__(Program)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # A copied GraphModule makes all buffers at its root a part of the state dict.
+        twin.graph_module._non_persistent_buffers_set |= self.graph_module._non_persistent_buffers_set
+        return twin
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """Compute the outputs; inputs are given in order, by name, or both."""
         outputs = self.graph_module(*self._ordered(args, kwargs))
@@ -131,11 +139,18 @@ class Program(nn.Module):
         return self.graph_module.load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Program":
-        before = self.device
+        device, dtype = self.device, self._floating_type()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.device != before:
-            _move_constants(self.graph_module, self.device)
+        if self.device != device:
+            _replace(self.graph_module, lambda constant: isinstance(constant, torch.device), self.device)
+        if (now := self._floating_type()) != dtype:
+            _replace(self.graph_module, lambda constant: constant == dtype, now)
+            self.signature = self.signature.with_type(dtype, now)
         return self
+
+    def _floating_type(self) -> torch.dtype:
+        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -145,16 +160,9 @@ def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         state_dict[inner + key.removeprefix(prefix)] = state_dict.pop(key)
 
 
-def _move_constants(graph_module: fx.GraphModule, device: torch.device) -> None:
-    """Tensors that the graph creates (arange, zeros, …) name the device of the capture; name the new one."""
-    changed = False
+def _replace(graph_module: fx.GraphModule, is_old: Callable[[Any], bool], new: Any) -> None:
+    """Tensors that the graph creates (arange, zeros, …) name the device and type of the capture; name the new ones."""
     for node in graph_module.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.update_kwarg("device", device)
-            changed = True
-        for index, argument in enumerate(node.args):
-            if isinstance(argument, torch.device):
-                node.update_arg(index, device)
-                changed = True
-    if changed:
-        graph_module.recompile()
+        node.args = tuple(new if is_old(argument) else argument for argument in node.args)
+        node.kwargs = {name: new if is_old(argument) else argument for name, argument in node.kwargs.items()}
+    graph_module.recompile()

@@ -1,7 +1,7 @@
 """What goes into a program and what comes out: ordered, named tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +68,15 @@ class Signature:
         if batch is not None and self.batch_axis is not None:
             sizes[self.batch_axis] = batch
         return {spec.name: torch.zeros(spec.sized(sizes), dtype=spec.dtype, device=device) for spec in self.inputs}
+
+    def with_type(self, old: torch.dtype, new: torch.dtype) -> "Signature":
+        """The signature of the program after its tensors of one type became those of another."""
+
+        def converted(spec: TensorSpec) -> TensorSpec:
+            return replace(spec, dtype=new) if spec.dtype == old else spec
+
+        inputs, outputs = tuple(map(converted, self.inputs)), tuple(map(converted, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
 
     def bind(self, batch: Any, *, where: str = "The batch") -> dict[str, Tensor]:
         """Tensors of `batch` by input name, checked against the specs.
