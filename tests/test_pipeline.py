@@ -11,19 +11,39 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimgraph.auto import pipeline
-from slimgraph.auto.notices import capture_notices, metric_notices, placement_notices, target_notices
+from slimgraph.auto.given_data import first_samples
+from slimgraph.auto.notices import (
+    capture_notices,
+    count_notices,
+    metric_notices,
+    placement_notices,
+    speed_notices,
+    target_notices,
+)
 from slimgraph.auto.outcome import in_form_of, measure_agreement
 from slimgraph.auto.pipeline import FILES, compress
 from slimgraph.auto.staging import staging
+from slimgraph.deploy.kernels import FloatLayer, count_kernels
+from slimgraph.deploy.latency import summarize_pairs
 from slimgraph.deploy.onnx import export_onnx
-from slimgraph.errors import ConfigError, DataError, ExportError, OutputError, ProgramError, UnknownNameError
+from slimgraph.errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    ModelLoadError,
+    OutputError,
+    ProgramError,
+    UnknownNameError,
+)
 from slimgraph.program.archive import load_program
 from slimgraph.program.capture import capture
+from slimgraph.program.count import Count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.program.signature import Signature, TensorSpec
 from slimgraph.quantization.plan import plan_quantization
 from slimgraph.training.data import Batch, open_data
 
+ONCE = np.array([0.001])
 CALIBRATION, EVALUATION = "digits:train[:128]", "digits:test"
 
 
@@ -331,6 +351,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
         ({"data": []}, DataError, "data has no batch"),
         ({"eval_data": [torch.zeros(1, 3, 8, 8)]}, DataError, "eval_data"),
         ({"eval_data": [(torch.zeros(2, 1, 8, 8), torch.tensor([3, 10]))]}, DataError, "label 10"),
+        ({"float_reference": "nowhere.onnx"}, ModelLoadError, "nowhere.onnx does not exist"),
         ({"metric": "top5", "eval_data": [(torch.zeros(1, 1, 8, 8), torch.tensor([[0.5]]))]}, DataError, "top5"),
     ],
 )
@@ -379,6 +400,23 @@ def test_what_stays_in_float_is_told_by_reason(trained):
     ]
 
 
+def test_what_is_not_counted_is_told():
+    assert list(count_notices(Count(inputs=(), rows=(), uncounted=()))) == []
+    assert (
+        "without those of fft, gate" in next(count_notices(Count(inputs=(), rows=(), uncounted=("fft", "gate")))).text
+    )
+
+
+def test_layers_that_were_quantized_in_vain_and_a_slower_model_are_warnings(compressed):
+    kernels = count_kernels(compressed.files["model.onnx"])
+    assert list(speed_notices(compressed.plan, kernels, summarize_pairs(ONCE, 0.5 * ONCE, threads=1, batch=1))) == []
+    vain = replace(kernels, convolutions_integer=1, float_layers=(FloatLayer(name="conv2", kernel="FusedConv"),))
+    missing, slower = speed_notices(compressed.plan, vain, summarize_pairs(ONCE, 2 * ONCE, threads=1, batch=1))
+    assert missing.level == slower.level == "warning"
+    assert "runs 2 of 3 quantized layers in integers. It computes in float: conv2." in missing.text
+    assert "slower here than the float one" in slower.text
+
+
 def test_what_a_capture_lost_is_told():
     entry = HistoryEntry(
         step="capture",
@@ -390,3 +428,11 @@ def test_what_a_capture_lost_is_told():
     batch, lost = (notice.text for notice in capture_notices((entry,)))
     assert batch == "The size of the batch is fixed: It is written down."
     assert lost.endswith("drop7 and 2 more.")
+
+
+def test_the_first_samples_come_a_few_at_a_time(trained):
+    data = open_data("digits:train", trained.signature, batch_size=10)
+    images, _ = labelled("digits:train[:10]", trained)
+    parts = [part["image"] for part in first_samples(data, trained.signature, 12, at_once=4)]
+    assert [len(part) for part in parts] == [4, 4, 2, 4]
+    assert torch.equal(torch.cat(parts[:3]), images)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from slimgraph.auto.layers import layer_rows, range_histograms
 from slimgraph.auto.measurements import Measurements
+from slimgraph.auto.notices import count_notices
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import Program
@@ -69,7 +70,7 @@ def report_of(
             quantized.plan, quantized.statistics, found.comparison, algorithm=quantized.algorithm
         ),
         history=after.history,
-        notices=notices,
+        notices=(*notices, *count_notices(before_count)),
     )
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from slimgraph.errors import DataError
 from slimgraph.program.signature import Signature
-from slimgraph.training.data import Batch, DataSource, open_data
+from slimgraph.training.data import DataSource, open_data
 from slimgraph.training.stream import stream_batches
 
 Data = str | DataSource | Iterable[Any] | Callable[[], Iterable[Any]]
@@ -37,11 +39,18 @@ def open_given(data: Data, signature: Signature, *, what: str, seed: int) -> Dat
     return DataSource(what, read, samples=None, has_labels=first.labels is not None)
 
 
-def first_samples(data: DataSource, samples: int) -> Iterator[Batch]:
-    """The first batches, until they hold that many samples or more."""
+def first_samples(
+    data: DataSource, signature: Signature, samples: int, *, at_once: int = 8
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the first samples, a few at a time; whole batches where the program fixes their size."""
+    free = signature.batch_axis
+    batched = {spec.name for spec in signature.inputs if free is not None and spec.shape[:1] == (free,)}
     seen = 0
     for batch in data:
-        yield batch
-        seen += len(batch)
-        if seen >= samples:
-            return
+        size = len(batch) if free is None else at_once
+        for start in range(0, len(batch), size):
+            if seen >= samples:
+                return
+            part = slice(start, start + size)
+            yield {name: value[part] if name in batched else value for name, value in batch.inputs.items()}
+            seen += min(size, len(batch) - start)

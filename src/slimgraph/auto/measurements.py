@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from slimgraph.auto.given_data import first_samples
 from slimgraph.auto.outcome import Model, Progress, counted, in_form_of, is_measured, measure_agreement, measure_metric
 from slimgraph.deploy.compare import Comparison, compare
@@ -12,12 +10,11 @@ from slimgraph.deploy.kernels import KernelCount, count_kernels
 from slimgraph.deploy.latency import LatencyComparison, measure_latency
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.program.program import Program
-from slimgraph.program.signature import Signature
 from slimgraph.report.facts import MetricResult
-from slimgraph.training.data import Batch, DataSource
+from slimgraph.training.data import DataSource
 
 _COMPARED_SAMPLES = 64
-"""Signal-to-noise ratios change by less than half a decibel beyond so many."""
+"""Of MobileNetV1, 64 images give every signal-to-noise ratio within 0.3 dB of what 128 give, and 16 within 1.4 dB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +53,10 @@ def measure(
     )
     metric = _quality(before, after, how, progress)
     progress("Measuring latency", 0, None)
-    sample = one_sample(next(iter(how.calibration)), compressed.signature)
+    sample = next(first_samples(how.calibration, compressed.signature, 1, at_once=1))
     latency = measure_latency(compressed_file, sample, against=original_file, threads=how.threads)
     progress("Comparing values", 0, None)
-    some = (batch.inputs for batch in first_samples(how.calibration, _COMPARED_SAMPLES))
+    some = first_samples(how.calibration, compressed.signature, _COMPARED_SAMPLES)
     return Measurements(
         metric=metric,
         latency=latency,
@@ -79,13 +76,6 @@ def _quality(original: Model, compressed: Model, how: Judged, progress: Progress
         )
     batches = counted(how.calibration if data is None else data, progress, "Comparing answers")
     return measure_agreement(original, compressed, batches, max_drop=how.max_drop, seed=how.seed)
-
-
-def one_sample(batch: Batch, signature: Signature) -> dict[str, Tensor]:
-    """The first sample of a batch; all of it where the size of the batch is fixed."""
-    free = signature.batch_axis
-    batched = {spec.name for spec in signature.inputs if free is not None and spec.shape[:1] == (free,)}
-    return {name: value[:1] if name in batched else value for name, value in batch.inputs.items()}
 
 
 def _size_bytes(path: Path) -> int:

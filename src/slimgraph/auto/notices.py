@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.deploy.latency import LatencyComparison
+from slimgraph.program.count import Count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.report.content import Notice
@@ -82,6 +83,15 @@ def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: fl
             level="notice",
             text=f"The largest allowed drop of {limit:g} was not applied: without labels and without scores of classes "
             "there is nothing that it could limit.",
+        )
+
+
+def count_notices(counted: Count) -> Iterator[Notice]:
+    """What the number of multiply–accumulates leaves out."""
+    if counted.uncounted:
+        yield Notice(
+            level="notice",
+            text=f"MACs are without those of {_listed(counted.uncounted)}, of which it is not known how they count.",
         )
 
 

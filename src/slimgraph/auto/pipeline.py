@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from slimgraph.auto.staging import staging
 from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.processor import detect_processor, onnxruntime_variant
+from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
 from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program
@@ -34,7 +35,7 @@ from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
 from slimgraph.quantization.quantize import DEFAULT_ALGORITHM, prepare
 from slimgraph.quantization.ranges import RANGE_ALGORITHMS
-from slimgraph.report.content import Report
+from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
 from slimgraph.training.data import DataSource
 from slimgraph.training.evaluate import evaluate, find_metric
@@ -145,15 +146,11 @@ def compress(
         SlimgraphError: anything given cannot be used, the program has nothing to quantize, or the ONNX file does not
             compute what the program computes.
     """
-    _check(metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
+    _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
     resolved = _resolved(target)
     calibration = open_given(data, program.signature, what="data", seed=seed)
-    evaluation = None
-    if eval_data is not None:
-        evaluation = open_given(eval_data, program.signature, what="eval_data", seed=seed)
-        _try_metric(program, evaluation, metric)
-    if is_quantized(program.graph):
-        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+    evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
+    _try_out(program, calibration, evaluation, metric, float_reference)
     original = prepare(program)
     plan = plan_quantization(original, target=resolved, skip=skip)
     if dry_run:
@@ -173,17 +170,10 @@ def compress(
         say("Writing the report", 0, None)
         result = with_result(quantized, found)
         save_program(result, folder / "model.pt2")
-        notices = (
-            *target_notices(target, resolved),
-            *metric_notices(found.metric, on_calibration_data=evaluation is None, limit=max_drop),
-            *speed_notices(quantized.plan, found.kernels_after, found.latency),
-            *placement_notices(plan),
-            *capture_notices(program.history),
-        )
         report = report_of(
             quantized,
             found,
-            notices,
+            (*target_notices(target, resolved), *_notices(program, quantized, found, how)),
             after=result,
             title=title or _title(program),
             command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",
@@ -195,8 +185,10 @@ def compress(
     )
 
 
-def _check(*, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
+def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
     """Refuse what is wrong before any work is done."""
+    if is_quantized(program.graph):
+        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
     find_metric(metric)
     if algorithm not in RANGE_ALGORITHMS:
         raise UnknownNameError(f"There is no range algorithm {algorithm!r}. {closest(algorithm, RANGE_ALGORITHMS)}")
@@ -215,10 +207,19 @@ def _resolved(target: str) -> str:
     )
 
 
-def _try_metric(program: Program, data: DataSource, metric: str) -> None:
-    """Compute the metric on one batch, so that one that does not apply is found before the work and not after it."""
-    if is_measured(metric, data):
-        evaluate(program, islice(data, 1), metric=metric)
+def _try_out(
+    program: Program,
+    calibration: DataSource,
+    evaluation: DataSource | None,
+    metric: str,
+    float_reference: str | os.PathLike[str] | None,
+) -> None:
+    """Use metric and reference on one batch, so that one that does not fit is found before the work, not after it."""
+    if evaluation is not None and is_measured(metric, evaluation):
+        evaluate(program, islice(evaluation, 1), metric=metric)
+    if float_reference is not None:
+        reference = OnnxModel.open(float_reference)
+        reference.signature.bind(next(iter(calibration)).inputs, where=f"A batch for {os.fspath(float_reference)}")
 
 
 def _quantized(
@@ -265,6 +266,13 @@ def _measured(
         if float_reference is None:
             export_onnx(program, reference)
         return measure(reference, file, quantized.original, quantized.program, how, say)
+
+
+def _notices(program: Program, quantized: Quantized, found: Measurements, how: Judged) -> Iterator[Notice]:
+    yield from metric_notices(found.metric, on_calibration_data=how.evaluation is None, limit=how.max_drop)
+    yield from speed_notices(quantized.plan, found.kernels_after, found.latency)
+    yield from placement_notices(quantized.plan)
+    yield from capture_notices(program.history)
 
 
 def _title(program: Program) -> str:

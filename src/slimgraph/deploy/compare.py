@@ -17,8 +17,8 @@ from slimgraph.table import text_table
 
 _DEQUANTIZED = "/dequantized"
 
-_BLOCK = 2**20
-"""Elements that are widened to float64 at a time."""
+_BLOCK = 2**17
+"""Elements that are widened to float64 at a time, so few that they stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
