@@ -23,7 +23,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise OutputError(f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable.") from error
+        raise OutputError(
+            f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
+        ) from error
     os.close(handle)
     aside = Path(name)
     try:
@@ -35,7 +37,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         aside.chmod(0o666 & ~umask)  # mkstemp gives 0600; a result is readable like any file its user writes
         aside.replace(target)
     except OSError as error:
-        raise OutputError(f"Cannot write {target}: {error.strerror or error}. What stood there before is unchanged.") from error
+        raise OutputError(
+            f"Cannot write {target}: {error.strerror or error}. What stood there before is unchanged."
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -22,6 +22,9 @@ from slimgraph.program.reexport import reexport
 OPSET = 21
 """The first version whose QuantizeLinear takes 16-bit codes and block sizes; quantized models need at least this."""
 
+_OPSET_OF_BFLOAT16 = 22
+"""The first version whose convolutions and pools take bfloat16."""
+
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # A protocol buffer holds at most 2 GiB; larger weights lie in a file beside the model.
@@ -80,9 +83,10 @@ def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
         prepared = cast(prepared, PRECISIONS[precision])
     exported = reexport(prepared)
     carry_names(exported)
+    opset = _OPSET_OF_BFLOAT16 if precision == "bfloat16" else OPSET
     with _quiet():
         try:
-            converted = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+            converted = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"The program has no ONNX form. {_cause(error)}") from error
     assert converted is not None

@@ -16,7 +16,7 @@ from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
 
-REPAIR_SAMPLES = 64
+REPAIR_SAMPLES = 32
 """The differences are paired, so few samples give a stable mean; benchmarks/accuracy.py has the figures."""
 
 
@@ -107,13 +107,22 @@ class _LayerMeans(fx.Interpreter):
         if name not in self._layers or not isinstance(result, Tensor):
             return result
         axis = self._layers[name]
-        mean = result.mean(dim=[other for other in range(result.dim()) if other != axis], dtype=torch.float64)
+        mean = _channel_mean(result, axis)
         if self._wanted is None:
             self._seen[name] = mean
             return result
         shift = self._wanted[name] - mean
         self._seen[name] = shift
-        return result + shift.to(result.dtype).reshape([-1 if other == axis else 1 for other in range(result.dim())])
+        return result.add_(
+            shift.to(result.dtype).reshape([-1 if other == axis else 1 for other in range(result.dim())])
+        )
+
+
+def _channel_mean(x: Tensor, axis: int) -> Tensor:
+    """Mean over every axis but `axis`: within a sample in float32, over samples in float64; no wider copy of x."""
+    inner = [other for other in range(1, x.dim()) if other != axis]
+    by_sample = x.mean(dim=inner) if inner and axis != 0 else x
+    return by_sample.double().mean(dim=0) if axis != 0 else x.double().mean(dim=list(range(1, x.dim())))
 
 
 def _add_to_bias(program: Program, node: fx.Node, shift: Tensor) -> None:
