@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models.timm_networks import FAMILIES, create, example_input
 
+from models.timm_networks import FAMILIES, create, example_input
 from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx import export_onnx
