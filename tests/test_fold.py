@@ -81,3 +81,42 @@ def test_dropout_is_gone_and_evaluation_unchanged():
     simpler = remove_dropout(program).eval()
     assert not any(edit.flag_position(n) is not None and "dropout" in str(n.target) for n in simpler.graph.nodes)
     torch.testing.assert_close(simpler(*positional("Dropouts", 2)), program(*positional("Dropouts", 2)))
+
+
+class _TwoRawWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(3, 3, 1, 1)) for _ in range(2))
+        self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        for norm in (self.one, self.two):
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x):
+        x = self.one(nn.functional.conv2d(x, self.w1))
+        return self.two(nn.functional.conv2d(x, self.w2))
+
+
+def test_two_weights_of_one_module_get_a_bias_each():
+    torch.manual_seed(0)
+    model, x = _TwoRawWeights().eval(), torch.randn(2, 3, 4, 4)
+    folded = fold_batch_norm(capture(model, x)).eval()
+    assert norms(folded) == 0
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class _ComputedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(nn.functional.conv2d(x, self.conv.weight, self.conv.bias * 2))
+
+
+def test_a_bias_that_the_graph_computes_is_not_lost():
+    torch.manual_seed(0)
+    model, x = _ComputedBias().eval(), torch.randn(2, 3, 4, 4)
+    folded = fold_batch_norm(capture(model, x)).eval()
+    assert norms(folded) == 1
+    torch.testing.assert_close(folded(x), model(x))

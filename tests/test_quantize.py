@@ -12,10 +12,12 @@ from torch import nn
 
 from models import toys
 from models.captured import captured, positional
+from slimgraph.deploy import targets
 from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx import export_onnx, to_onnx
-from slimgraph.deploy.targets import TARGETS
+from slimgraph.deploy.processor import Processor
+from slimgraph.deploy.targets import TARGETS, resolved_target, target_named
 from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme
@@ -23,7 +25,7 @@ from slimgraph.quantization.apply import apply_quantization, quantized_weight
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias, correct_weight
 from slimgraph.quantization.plan import plan_quantization
-from slimgraph.quantization.quantize import prepare, quantize
+from slimgraph.quantization.quantize import prepare, quantize, quantize_with_record
 
 
 def batches(name, count=4, size=8):
@@ -98,6 +100,28 @@ def test_targets_differ_where_their_runtimes_do():
     assert {w.scheme.bits for w in plan_quantization(program, target="onnxruntime-avx2").weights} == {7}
 
 
+HASWELL = Processor(name="Haswell", architecture="x86_64", features=("avx2",))
+ZEN_4 = Processor(name="Zen 4", architecture="x86_64", features=("avx2", "avx512", "avx512_vnni"))
+GRAVITON = Processor(name="Graviton", architecture="arm64", features=("dotprod", "neon"))
+
+
+def test_onnxruntime_keeps_to_7_bits_where_8_overflow():
+    assert resolved_target("onnxruntime", HASWELL) == "onnxruntime-avx2"
+    assert resolved_target("onnxruntime", ZEN_4) == resolved_target("onnxruntime", GRAVITON) == "onnxruntime"
+    assert [resolved_target(name, HASWELL) for name in TARGETS if name != "onnxruntime"] == [*TARGETS][1:]
+
+
+def test_quantize_takes_the_variant_of_this_processor_unless_a_target_is_given_itself(chain, images, monkeypatch):
+    def largest_code(target):
+        return int(quantize(chain, calibration=images, target=target).state_dict()["conv1.weight"].abs().max())
+
+    monkeypatch.setattr(targets, "detect_processor", lambda: HASWELL)
+    assert largest_code("onnxruntime") <= 63
+    assert largest_code(target_named("onnxruntime")) == 127
+    monkeypatch.setattr(targets, "detect_processor", lambda: ZEN_4)
+    assert largest_code("onnxruntime") == 127
+
+
 def test_wrong_requests_are_refused_with_the_closest_names(chain):
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         plan_quantization(chain, target="onnxruntim")
@@ -145,6 +169,31 @@ def test_a_bias_too_large_for_its_grid_widens_the_weight_scale(images):
 def test_every_algorithm_gives_a_program_close_to_the_float_one(chain, images, algorithm):
     quantized = quantize(chain, calibration=images, algorithm=algorithm)
     assert snr_db(chain(images[0]), quantized(images[0])) > 15
+
+
+def test_the_record_tells_what_led_to_the_program(chain, images):
+    prepared, stages, seen = prepare(chain), [], []
+    plan = plan_quantization(prepared)
+    made = quantize_with_record(
+        prepared, plan, iter(images), algorithm="min_max", progress=seen.append, stage=stages.append
+    )
+    assert (made.samples, seen) == (64, [16, 32, 48, 64])
+    assert stages == ["Calibrating", "Correcting biases"]
+    assert made.prepared is prepared
+    assert made.plan.ranges.keys() == made.statistics.keys()
+    direct = quantize(chain, calibration=images, algorithm="min_max", target=target_named("onnxruntime"))
+    assert torch.equal(made.program(images[0]), direct(images[0]))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "asked", "kept"), [("min_max", False, False), ("min_max", True, True), ("mse", False, True)]
+)
+def test_histograms_are_counted_where_the_algorithm_or_the_caller_wants_them(chain, images, algorithm, asked, kept):
+    prepared = prepare(chain)
+    made = quantize_with_record(
+        prepared, plan_quantization(prepared), images[:1], algorithm=algorithm, histograms=asked, bias_correction=False
+    )
+    assert {statistics.histogram is not None for statistics in made.statistics.values()} == {kept}
 
 
 def test_one_pass_of_statistics_serves_every_algorithm(chain, images):
@@ -306,3 +355,71 @@ def test_schemes_cannot_hold_nonsense():
     with pytest.raises(ConfigError, match="2 to 16"):
         IntScheme(bits=1)
     assert dataclasses.replace(IntScheme(), bits=4).code_range == (-8, 7)
+
+
+# Layers that share, compute or lack what others have
+
+
+class SharedLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.fc(x)) - 1.0)
+
+
+class ComputedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.fc.weight, self.fc.bias * 2)
+
+
+class LearnedQuery(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.fc = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x) * self.fc(self.query) + x.reshape(-1, 1, 2, 3).mean(dim=None, keepdim=True).flatten(1)
+
+
+@pytest.mark.parametrize("module", [SharedLinear, ComputedBias, LearnedQuery])
+def test_unusual_layers_keep_their_mean_when_biases_are_corrected(module):
+    torch.manual_seed(0)
+    program = capture(module().eval(), torch.randn(2, 6)).eval()
+    data = [torch.randn(64, 6) for _ in range(2)]
+    repaired = quantize(program, calibration=data)
+    assert snr_db(program(data[0]), repaired(data[0])) > 25
+    assert (program(data[0]) - repaired(data[0])).mean(0).abs().max() < 0.02
+
+
+def test_each_call_of_a_shared_layer_is_corrected_by_itself():
+    torch.manual_seed(0)
+    program = capture(SharedLinear().eval(), torch.randn(2, 6)).eval()
+    data = [torch.randn(64, 6)]
+    plan = plan_quantization(program, weight_bits=3)
+    plan = choose_ranges(plan, collect_statistics(program, values_to_observe(plan), data), algorithm="min_max")
+    repaired = apply_quantization(correct_bias(program, plan, data, samples=64), plan)
+    assert (program(data[0]) - repaired(data[0])).mean(0).abs().max() < 0.02
+
+
+class MixedConcat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.three(torch.cat([torch.relu(self.one(x)), self.two(x)], 1))
+
+
+def test_a_signed_neighbour_in_a_concatenation_does_not_keep_a_relu_alive(tmp_path):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 3, 6, 6)]
+    quantized = quantize(capture(MixedConcat().eval(), data[0]), calibration=data)
+    export_onnx(quantized, tmp_path / "model.onnx")
+    count = count_kernels(tmp_path / "model.onnx")
+    assert (count.convolutions_integer, count.convolutions_float) == (3, 0)

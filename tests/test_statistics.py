@@ -93,7 +93,9 @@ def test_counts_do_not_depend_on_order_or_batches(rows, random, cut):
     whole, parts = statistics_of(x), statistics_of(shuffled[:cut], shuffled[cut:])
     assert state(whole) == state(parts)
     magnitude = np.array([sums(statistics_of(x.abs()))[:2]])
-    np.testing.assert_allclose(sums(parts)[:2], sums(whole)[:2], atol=1e-12 * (1 + magnitude.max()))  # float64 sums
+    np.testing.assert_allclose(
+        sums(parts)[:2], sums(whole)[:2], rtol=1e-6, atol=1e-6 * (1 + magnitude.max())
+    )  # float32 within a piece
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,8 +135,8 @@ def test_tensors_larger_than_a_block_are_counted_whole():
     x = torch.randn(3, 700_001)  # a sample spans several pieces, and the last piece is not full
     statistics = statistics_of(x.clone().requires_grad_(), torch.randn(70_001, 3).relu())
     assert statistics.histogram.counts.sum() == statistics.count == 3 * 770_002
-    np.testing.assert_allclose(statistics_of(x).sum, x.double().sum(), rtol=1e-12)
-    np.testing.assert_allclose(statistics_of(x).square_sum, x.double().square().sum(), rtol=1e-12)
+    np.testing.assert_allclose(statistics_of(x).sum, x.double().sum(), atol=1e-6 * float(x.abs().double().sum()))
+    np.testing.assert_allclose(statistics_of(x).square_sum, x.double().square().sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])

@@ -1,5 +1,6 @@
 """The small vocabulary of graph edits that every pass is written in."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimgraph.errors import ProgramError
-from slimgraph.program.names import layer_of, set_names, unused, values_of
+from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import Program
 
 TRAINING_FLAG = "training"
@@ -132,11 +133,32 @@ def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor, *, train
     put(graph_module, name, nn.Parameter(own, requires_grad=own.is_floating_point()) if trainable else own)
 
 
-def read_tensor(program: Program, name: str, tensor: Tensor, *, trainable: bool = False) -> fx.Node:
-    """A node that reads a new tensor, stored under `name`; it stands before the first operator."""
+def read_tensor(
+    program: Program, name: str, tensor: Tensor, *, trainable: bool = False, before: fx.Node | None = None
+) -> fx.Node:
+    """A node that reads a tensor, stored under `name` in place of what stood there.
+
+    It stands before the node `before`, or before the first operator.
+    """
     set_tensor(program.graph_module, name, tensor, trainable=trainable)
-    with at_start(program.graph):
+    with at_start(program.graph) if before is None else program.graph.inserting_before(before):
         return program.graph.get_attr(name)
+
+
+def tensor_names(graph_module: fx.GraphModule) -> set[str]:
+    """Qualified names of all parameters and buffers, tied ones too."""
+    parameters = graph_module.named_parameters(remove_duplicate=False)
+    buffers = graph_module.named_buffers(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *buffers)}
+
+
+def count_readers(graph_module: fx.GraphModule) -> Counter[int]:
+    """How many operators read each stored tensor, by `id`: a tensor under two names is one."""
+    readers: Counter[int] = Counter()
+    for node in graph_module.graph.nodes:
+        if (tensor := constant_of(graph_module, node)) is not None:
+            readers[id(tensor)] += len(node.users)
+    return readers
 
 
 @contextmanager
@@ -147,11 +169,15 @@ def at_start(graph: fx.Graph) -> Iterator[None]:
         yield
 
 
-def insert_after(node: fx.Node, target: Any, args: tuple[Any, ...], *, value: str, layer: str | None = None) -> fx.Node:
-    """A new operator right behind `node`, with a name that is free; the users of `node` stay as they are."""
+def insert_after(node: fx.Node, target: Any, args: tuple[Any, ...], *, value: str, taken: set[str]) -> fx.Node:
+    """A new operator right behind `node`, in its layer; the users of `node` stay as they are.
+
+    Its value is named `value`, or like it where that is among the `taken` names, to which it is added.
+    """
     with node.graph.inserting_after(node):
         new = node.graph.call_function(target, args)
-    set_names(new, layer=layer_of(node) if layer is None else layer, value=unused(value, values_of(node.graph.nodes)))
+    set_names(new, layer=layer_of(node), value=unused(value, taken))
+    taken.add(value_of(new))
     if "val" in node.meta:
         new.meta["val"] = node.meta["val"]
     return new

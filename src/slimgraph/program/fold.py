@@ -1,12 +1,13 @@
 """Fold batch normalization into the convolution or linear layer before it."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
-from slimgraph.program.names import layer_of
+from slimgraph.program.names import layer_of, unused
 from slimgraph.program.program import HistoryEntry, Program
 
 aten = torch.ops.aten
@@ -48,22 +49,18 @@ def _affine(program: Program, norm: fx.Node) -> _Affine | None:
     return _Affine(scale, shift if beta is None else shift + beta.detach().double())
 
 
-def _foldable(program: Program, norm: fx.Node) -> bool:
+def _foldable(program: Program, norm: fx.Node, readers: Counter[int]) -> bool:
     layer = norm.args[0]
     if not isinstance(layer, fx.Node) or layer.target not in _OUTPUT_AXIS or len(layer.users) != 1:
         return False
-    weight = layer.args[1]
+    weight = edit.constant_of(program.graph_module, layer.args[1])
+    bias = edit.arguments(layer)["bias"]
+    if weight is None or (bias is not None and edit.constant_of(program.graph_module, bias) is None):
+        return False  # computed in the graph
     # A batch norm behind a linear layer normalizes axis 1, which is the layer's output axis only for two axes.
     flat = layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
     # A weight that two layers read cannot take the scale of one of them.
-    return flat and isinstance(weight, fx.Node) and _is_read_once(program, weight)
-
-
-def _is_read_once(program: Program, weight: fx.Node) -> bool:
-    """Whether the node reads a stored tensor that nothing else reads, under this name or another."""
-    tensor = edit.constant_of(program.graph_module, weight)
-    readers = (n for n in program.graph.nodes if edit.constant_of(program.graph_module, n) is tensor)
-    return tensor is not None and sum(len(node.users) for node in readers) == 1
+    return flat and readers[id(weight)] == 1
 
 
 def fold_batch_norm(program: Program) -> Program:
@@ -73,22 +70,23 @@ def fold_batch_norm(program: Program) -> Program:
     disappear: the layer's value is now what the norm's was. Training such a program no longer normalizes.
     """
     folded = program.copy()
+    readers = edit.count_readers(folded.graph_module)
     names = []
     for norm in list(folded.graph.nodes):
-        if norm.target is not aten.batch_norm.default or not _foldable(folded, norm):
+        if norm.target is not aten.batch_norm.default or not _foldable(folded, norm, readers):
             continue
         affine = _affine(folded, norm)
         if affine is None:
             continue
-        _fold(folded, norm.args[0], affine)
+        _fold(folded, norm.args[0], affine, readers)
         norm.replace_all_uses_with(norm.args[0])
         names.append(layer_of(norm))
     edit.finish(folded)
     return folded.with_history(HistoryEntry(step="fold_batch_norm", parameters={"layers": len(names)}))
 
 
-def _fold(program: Program, layer: fx.Node, affine: _Affine) -> None:
-    weight_node, bias_node = layer.args[1], layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+def _fold(program: Program, layer: fx.Node, affine: _Affine, readers: Counter[int]) -> None:
+    weight_node = layer.args[1]
     assert isinstance(weight_node, fx.Node)
     name = str(weight_node.target)
     weight = edit.tensor_named(program.graph_module, name)
@@ -103,15 +101,25 @@ def _fold(program: Program, layer: fx.Node, affine: _Affine) -> None:
     else:
         new = weight.detach().double() * scale.reshape(shape)
     edit.set_tensor(program.graph_module, name, new.to(weight.dtype))
-    bias = edit.constant_of(program.graph_module, bias_node)
+    bias = edit.constant_of(program.graph_module, edit.arguments(layer)["bias"])
     shift = affine.shift if bias is None else affine.shift + bias.detach().double() * affine.scale
-    if bias is not None and isinstance(bias_node, fx.Node) and _is_read_once(program, bias_node):
-        edit.set_tensor(program.graph_module, str(bias_node.target), shift.to(bias.dtype))
+    set_bias(program, layer, shift.to(weight.dtype), readers)
+
+
+def set_bias(program: Program, layer: fx.Node, values: Tensor, readers: Counter[int]) -> None:
+    """Give a convolution or linear layer a bias of these values, without touching what any other layer reads.
+
+    Args:
+        readers: of `edit.count_readers`, before the edits began.
+    """
+    node = edit.arguments(layer)["bias"]
+    old = edit.constant_of(program.graph_module, node)
+    if old is not None and isinstance(node, fx.Node) and readers[id(old)] == 1:
+        edit.set_tensor(program.graph_module, str(node.target), values)
+        readers[id(edit.tensor_named(program.graph_module, str(node.target)))] = 1
         return
-    new_bias = edit.read_tensor(
-        program, f"{name.rpartition('.')[0]}.bias".lstrip("."), shift.to(weight.dtype), trainable=True
-    )
-    if len(layer.args) > 2:
-        layer.update_arg(2, new_bias)
-    else:
-        layer.args = (*layer.args, new_bias)
+    owner = str(layer.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]
+    name = unused(f"{owner}.bias" if owner else "bias", edit.tensor_names(program.graph_module))
+    new = edit.read_tensor(program, name, values, trainable=True, before=layer)
+    layer.kwargs = {key: value for key, value in layer.kwargs.items() if key != "bias"}
+    layer.args = (*layer.args[:2], new, *layer.args[3:])

@@ -142,5 +142,10 @@ def _checked(value: Any, spec: TensorSpec, sizes: dict[str, int], where: str) ->
                 f"{where}: input {spec.name!r} is {given}, but the program takes {spec}. Convert it before."
             )
         converted: Tensor = value.to(spec.dtype)
+        if both_integer and bool((wrapped := converted.to(value.dtype) != value).any()):
+            raise DataError(
+                f"{where}: input {spec.name!r} holds {value[wrapped][0].item()}, and the program takes {spec}, where "
+                f"integers reach from {torch.iinfo(spec.dtype).min} to {torch.iinfo(spec.dtype).max}."
+            )
         return converted
     return value

@@ -1,5 +1,6 @@
 """Write a plan into a program: quantize–dequantize pairs around values, integer weights."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError
-from slimgraph.program.names import layer_of, set_names, value_of
+from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from slimgraph.program.scheme import IntScheme, quantize
@@ -55,10 +56,13 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     quantized = program.copy()
     grids = _grids(plan)
     values = quantized.values
+    readers = edit.count_readers(quantized.graph_module)
     for weight in plan.weights:
-        _quantize_layer(quantized, values[weight.value], weight, grids[weight.input])
+        _quantize_layer(quantized, values[weight.value], weight, grids[weight.input], readers)
+    taken = set(quantized.values)
     for activation in plan.activations:
-        _quantize_value(values[activation.value], grids[activation.value], plan.consumers.get(activation.value))
+        consumers = plan.consumers.get(activation.value)
+        _quantize_value(values[activation.value], grids[activation.value], consumers, taken)
     for name, top in plan.rectifiers.items():
         # The range ends at or below the cut, so saturation does what the function did.
         if (
@@ -100,16 +104,18 @@ def _bypass(node: fx.Node) -> None:
     set_names(source, layer=layer_of(source) or layer, value=value_of(source) or name)
 
 
-def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | None) -> None:
+def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | None, taken: set[str]) -> None:
     codes = (grid.scale, grid.zero_point, *grid.scheme.code_range, grid.scheme.dtype)
     readers = [user for user in node.users if consumers is None or value_of(user) in consumers]
-    code = edit.insert_after(node, QUANTIZE, (node, *codes), value=f"{value_of(node)}/quantized")
-    back = edit.insert_after(code, DEQUANTIZE, (code, *codes), value=f"{value_of(node)}/dequantized")
+    code = edit.insert_after(node, QUANTIZE, (node, *codes), value=f"{value_of(node)}/quantized", taken=taken)
+    back = edit.insert_after(code, DEQUANTIZE, (code, *codes), value=f"{value_of(node)}/dequantized", taken=taken)
     for reader in readers:
         reader.replace_input_with(node, back)
 
 
-def _quantize_layer(program: Program, node: fx.Node, plan: WeightQuantizer, source: _Grid) -> None:
+def _quantize_layer(
+    program: Program, node: fx.Node, plan: WeightQuantizer, source: _Grid, readers: Counter[int]
+) -> None:
     weight = edit.tensor_named(program.graph_module, plan.weight)
     scale = weight_scale(weight, plan.scheme)
     bias_node = edit.arguments(node)["bias"]
@@ -117,14 +123,14 @@ def _quantize_layer(program: Program, node: fx.Node, plan: WeightQuantizer, sour
     if plan.integer_bias and bias is not None:
         scale = _room_for_bias(scale, bias, source.scale)
     codes = quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), plan.scheme)
-    node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme))
+    node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme, readers))
     if plan.integer_bias and bias is not None:
         bias_scale = (scale.double() * source.scale).float()
         bias_codes = (
             (bias.detach().double() / bias_scale.double()).round().clamp(-_INT32_TOP, _INT32_TOP).to(torch.int32)
         )
         grid = IntScheme(bits=16, axis=None if plan.scheme.axis is None else 0)  # int32: the scheme only gives the axis
-        new = _dequantized(program, node, bias_node, bias_codes, bias_scale, grid)
+        new = _dequantized(program, node, bias_node, bias_codes, bias_scale, grid, readers)
         node.args = (*node.args[:2], new, *node.args[3:])
 
 
@@ -141,28 +147,31 @@ def _room_for_bias(scale: Tensor, bias: Tensor, input_scale: float) -> Tensor:
 
 
 def _dequantized(
-    program: Program, user: fx.Node, tensor_node: object, codes: Tensor, scale: Tensor, scheme: IntScheme
+    program: Program,
+    user: fx.Node,
+    tensor_node: object,
+    codes: Tensor,
+    scale: Tensor,
+    scheme: IntScheme,
+    readers: Counter[int],
 ) -> fx.Node:
     """A node that gives back the real values of integer codes; the codes take the place of the float tensor."""
     assert isinstance(tensor_node, fx.Node)
     name = str(tensor_node.target)
-    if len(tensor_node.users) > 1 or _readers(program, name) > 1:
-        name = f"{name}_of_{value_of(user).replace('.', '_').replace('/', '_').replace(':', '_')}"
-    source = edit.read_tensor(program, name, codes, trainable=False)
+    if readers[id(edit.tensor_named(program.graph_module, name))] > 1:  # somebody else still reads the float tensor
+        name = unused(f"{name}_codes", edit.tensor_names(program.graph_module))
+    source = edit.read_tensor(program, name, codes, before=user)
     first, last = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
     with user.graph.inserting_before(user):
         if scheme.axis is None:
             arguments = (source, scale.item(), 0, first, last, codes.dtype)
             back = user.graph.call_function(DEQUANTIZE, arguments)
         else:
-            scales = edit.read_tensor(program, f"{name}_scale", scale)
-            zeros = edit.read_tensor(program, f"{name}_zero_point", torch.zeros_like(scale, dtype=codes.dtype))
+            scales = edit.read_tensor(program, f"{name}_scale", scale, before=user)
+            zero_points = torch.zeros_like(scale, dtype=codes.dtype)
+            zeros = edit.read_tensor(program, f"{name}_zero_point", zero_points, before=user)
             back = user.graph.call_function(
                 DEQUANTIZE_CHANNELS, (source, scales, zeros, scheme.axis, first, last, codes.dtype)
             )
     set_names(back, layer=layer_of(user), value=f"{name}/dequantized")
     return back
-
-
-def _readers(program: Program, name: str) -> int:
-    return sum(1 for node in program.graph.nodes if node.op == "get_attr" and node.target == name and node.users)

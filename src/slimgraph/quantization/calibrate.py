@@ -1,6 +1,7 @@
 """Measure the ranges of values by one pass over calibration data."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ def collect_statistics(
         CalibrationError: there is no batch, or a value has NaN or infinity; the message names value and batch.
         DataError: a batch does not fit the program.
     """
-    unknown = [name for name in values if name not in program.values]
+    existing = program.values
+    unknown = [name for name in values if name not in existing]
     if unknown:
-        raise UnknownNameError(f"The program has no value {unknown[0]!r}. {closest(unknown[0], program.values)}")
+        raise UnknownNameError(f"The program has no value {unknown[0]!r}. {closest(unknown[0], existing)}")
     statistics = {name: ValueStatistics(histogram=histogram) for name in values}
     interpreter = _Observing(program, statistics, lambda name, value: statistics[name].update(value, name=name))
+    size = _samples_at_once(program)
     was_training = program.training
     program.eval()
     seen = 0
@@ -60,7 +63,8 @@ def collect_statistics(
             for index, batch in enumerate(batches):
                 bound = program.signature.bind(batch, where=f"Calibration batch {index}")
                 _reject_not_finite(bound, index)
-                interpreter.run(*(tensor.to(program.device) for tensor in bound.values()))
+                for part in _slices(program, bound, size):
+                    interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
                 seen += len(next(iter(bound.values())))
                 if progress is not None:
                     progress(seen)
@@ -71,6 +75,37 @@ def collect_statistics(
             "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
         )
     return statistics
+
+
+_LARGEST_VALUE_BYTES = 2**24
+"""Values up to this size stay in the processor's cache, and the allocator hands their memory on. Larger ones are given
+back to the operating system and asked for again at every operator, which took a third of the time."""
+
+
+def _samples_at_once(program: Program) -> int:
+    """Number of samples whose largest value has about `_LARGEST_VALUE_BYTES`."""
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    samples = program.signature.example_sizes.get(program.signature.batch_axis or "", 1)
+    largest = max((_hinted_bytes(tensor) for tensor in tensors), default=1)
+    return max(1, _LARGEST_VALUE_BYTES * samples // max(largest, 1))
+
+
+def _hinted_bytes(tensor: Tensor) -> int:
+    sizes: list[Any] = list(tensor.shape)
+    elements: int = math.prod(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes)
+    return elements * tensor.element_size()
+
+
+def _slices(program: Program, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of `size` samples, or whole where the program's batch is fixed."""
+    axis = program.signature.batch_axis
+    if axis is None:
+        yield batch
+        return
+    batched = {spec.name for spec in program.signature.inputs if spec.shape[:1] == (axis,)}
+    for start in range(0, len(next(batch[name] for name in batched)), size):
+        yield {name: x[start : start + size] if name in batched else x for name, x in batch.items()}
 
 
 def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:
@@ -84,7 +119,7 @@ def choose_ranges(
 ) -> QuantizationPlan:
     """The plan with the range that `algorithm` reads from the statistics for each scale.
 
-    A range that several values share covers all of them. A value behind a rectifier that will be left out starts at
+    A value behind a rectifier that will be left out starts at
     zero and ends where the rectifier cuts.
     """
     if algorithm not in RANGE_ALGORITHMS:
@@ -92,9 +127,8 @@ def choose_ranges(
     choose = RANGE_ALGORITHMS[algorithm]
     schemes = {quantizer.value: quantizer.scheme for quantizer in plan.activations}
     ranges = {}
-    for owner, members in plan.range_owners().items():
-        bounds = [choose(statistics[member], schemes[owner], **options) for member in members if member in statistics]
-        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+    for owner in plan.range_owners:
+        low, high = choose(statistics[owner], schemes[owner], **options)
         top = plan.rectifiers.get(owner)
         ranges[owner] = (low, high) if top is None else (0.0, min(high, top))
     return plan.with_ranges(ranges)
@@ -102,4 +136,4 @@ def choose_ranges(
 
 def values_to_observe(plan: QuantizationPlan) -> tuple[str, ...]:
     """The values whose statistics the plan's ranges need: a value that is only moved adds nothing to its source's."""
-    return tuple(dict.fromkeys(member for members in plan.range_owners().values() for member in members))
+    return plan.range_owners

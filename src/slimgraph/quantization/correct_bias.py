@@ -1,5 +1,6 @@
 """Repair what rounding shifts on average: by the bias of a layer, or by the statistics of its weight."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, fx
 
 import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
+from slimgraph.program.fold import set_bias
 from slimgraph.program.names import value_of
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
@@ -17,7 +19,7 @@ from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
 
 REPAIR_SAMPLES = 32
-"""The differences are paired, so few samples give a stable mean; benchmarks/accuracy.py has the figures."""
+"""The differences are paired, so few samples give a stable mean."""
 
 
 def correct_bias(
@@ -36,16 +38,21 @@ def correct_bias(
     its empirical form. There the layers are repaired in as many passes; here in one.
     """
     inputs = _first_samples(program, batches, samples)
-    layers = {weight.value: _channel_axis(program.values[weight.value]) for weight in plan.weights}
+    values = program.values
+    layers = {w.value: _channel_axis(values[w.value]) for w in plan.weights if _has_room(program, values[w.value])}
+    was_training = program.training
+    program.eval()
     with torch.inference_mode():
         wanted: dict[str, Tensor] = {}
         _LayerMeans(program, layers, seen=wanted).run(*inputs)
         repairs: dict[str, Tensor] = {}
         _LayerMeans(apply_quantization(program, plan), layers, wanted=wanted, seen=repairs).run(*inputs)
+    program.train(was_training)
     corrected = program.copy()
+    readers = edit.count_readers(corrected.graph_module)
     values = corrected.values
     for name, shift in repairs.items():
-        _add_to_bias(corrected, values[name], shift)
+        _add_to_bias(corrected, values[name], shift, readers)
     edit.finish(corrected)
     return corrected.with_history(HistoryEntry(step="correct_bias", parameters={"samples": len(inputs[0])}))
 
@@ -66,14 +73,19 @@ def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> li
     ]
 
 
+def _has_room(program: Program, node: fx.Node) -> bool:
+    """Whether the layer's bias can be changed: it has none, or one that is stored and not computed in the graph."""
+    bias = edit.arguments(node)["bias"]
+    return bias is None or edit.constant_of(program.graph_module, bias) is not None
+
+
 def _channel_axis(node: fx.Node) -> int:
-    """Axis of the output channels: the last one of a linear layer, the second one of a convolution's batch."""
-    value = node.meta["val"]
-    spatial = {1: 2, 2: 3, 3: 4}
+    """Axis of the output channels: the last one of a linear layer; a convolution's has the spatial axes behind it."""
+    output: Tensor = node.meta["val"]
     if kind_of(node) == kinds.LINEAR:
-        return int(value.dim() - 1)
-    weight_rank = node.args[1].meta["val"].dim() if "val" in node.args[1].meta else value.dim()  # type: ignore[union-attr]
-    return int(value.dim() - spatial.get(weight_rank - 2, weight_rank - 1))
+        return output.dim() - 1
+    weight: Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
+    return output.dim() - (weight.dim() - 1)
 
 
 class _LayerMeans(fx.Interpreter):
@@ -90,7 +102,7 @@ class _LayerMeans(fx.Interpreter):
         seen: dict[str, Tensor],
         wanted: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(program.graph_module.eval())
+        super().__init__(program.graph_module)
         self._layers, self._seen, self._wanted = layers, seen, wanted
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,19 +137,11 @@ def _channel_mean(x: Tensor, axis: int) -> Tensor:
     return by_sample.double().mean(dim=0) if axis != 0 else x.double().mean(dim=list(range(1, x.dim())))
 
 
-def _add_to_bias(program: Program, node: fx.Node, shift: Tensor) -> None:
-    bias = edit.arguments(node)["bias"]
-    old = edit.constant_of(program.graph_module, bias)
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    name = f"{str(weight.target).rpartition('.')[0]}.bias".lstrip(".")
-    if old is not None:
-        assert isinstance(bias, fx.Node)
-        name = str(bias.target) if len(bias.users) == 1 else f"{name}_of_{node.name}"
-        shift = old.detach().double() + shift
-    dtype = edit.tensor_named(program.graph_module, str(weight.target)).dtype
-    new = edit.read_tensor(program, name, shift.to(dtype), trainable=True)
-    node.args = (*node.args[:2], new, *node.args[3:])
+def _add_to_bias(program: Program, node: fx.Node, shift: Tensor, readers: Counter[int]) -> None:
+    old = edit.constant_of(program.graph_module, edit.arguments(node)["bias"])
+    weight = edit.constant_of(program.graph_module, node.args[1])
+    assert weight is not None
+    set_bias(program, node, (shift if old is None else old.detach().double() + shift).to(weight.dtype), readers)
 
 
 def correct_weight(weight: Tensor, scheme: IntScheme) -> Tensor:

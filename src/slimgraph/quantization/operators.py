@@ -139,6 +139,7 @@ def pools_whole_images(node: fx.Node) -> bool:
     value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
         return False
+    axes: Any = node.args[1] if len(node.args) > 1 else None
     if node.target is aten.adaptive_avg_pool2d.default:
-        return list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
-    return node.target is aten.mean.dim and sorted(axis % 4 for axis in node.args[1]) == [2, 3]  # type: ignore[union-attr,operator]
+        return list(axes) == [1, 1]
+    return node.target is aten.mean.dim and axes is not None and sorted(axis % 4 for axis in axes) == [2, 3]

@@ -86,12 +86,10 @@ class QuantizationPlan:
             raise ConfigError(f"The ranges lack {len(missing)} values, the first is {missing[0]!r}.")
         return replace(self, ranges=dict(ranges))
 
-    def range_owners(self) -> dict[str, tuple[str, ...]]:
-        """Values whose statistics make each range, by the value that owns the range."""
-        owners: dict[str, list[str]] = {}
-        for quantizer in self.activations:
-            owners.setdefault(quantizer.range_of, []).append(quantizer.value)
-        return {owner: tuple(dict.fromkeys((owner, *members))) for owner, members in owners.items()}
+    @property
+    def range_owners(self) -> tuple[str, ...]:
+        """Values whose statistics set the scales; each covers the values that share its scale."""
+        return tuple(dict.fromkeys(quantizer.range_of for quantizer in self.activations))
 
     def to_json(self) -> str:
         """The plan as JSON text, which `plan_from_json` reads."""
@@ -151,8 +149,8 @@ def plan_quantization(
 
 
 def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | None) -> Target:
-    wanted_weight = replace(target.weight, bits=weight_bits or target.weight.bits)
-    wanted_activation = replace(target.activation, bits=activation_bits or target.activation.bits)
+    wanted_weight = _narrowed(target.weight, weight_bits)
+    wanted_activation = _narrowed(target.activation, activation_bits)
     # Narrower grids live in the same storage type; wider ones need kernels that only a simulation has.
     for kind, wanted, own in (
         ("weight", wanted_weight, target.weight),
@@ -163,6 +161,10 @@ def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | N
                 f"{kind}_bits is {wanted.bits}, but target {target.name!r} computes with {own.bits} bits at most."
             )
     return replace(target, weight=wanted_weight, activation=wanted_activation)
+
+
+def _narrowed(scheme: IntScheme, bits: int | None) -> IntScheme:
+    return scheme if bits is None else replace(scheme, bits=bits)
 
 
 class _Placement:
@@ -215,6 +217,8 @@ class _Placement:
             self.kept_float[name] = "its weight is computed in the graph"
         elif kind == kinds.MATMUL and len(data_inputs(self.program, node)) < 2:
             self.kept_float[name] = "one side is a constant"
+        elif not data_inputs(self.program, node):
+            self.kept_float[name] = "what it reads is a constant"
         elif not _is_float32(node):
             self.kept_float[name] = "it does not compute in float32"
         else:
@@ -266,8 +270,10 @@ class _Placement:
         self.quantized.update(sources)
         self.quantized.add(carrier)
         if kind == kinds.CONCAT and self.target.concat_shares_scale:
+            # A rectifier falls away only where its range starts at zero: one signed neighbour would keep them all.
+            alike = len({source in self.rectifiers for source in sources}) == 1
             for source in sources:
-                if all(reader is node for reader in source.users) and source not in self.shares:
+                if alike and all(reader is node for reader in source.users) and source not in self.shares:
                     self.shares[source] = carrier
 
     def _is_ready(self, source: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError
 from slimgraph.quantization.density import Density
-from slimgraph.quantization.histogram import BINS, PIECE, Counts, StreamingHistogram, pieces
+from slimgraph.quantization.histogram import BINS, Counts, StreamingHistogram, pieces
 
 _T = TypeVar("_T")
 _Tally = tuple[float, float, Counts | None]  # sum, sum of squares, counts of the histogram
@@ -22,8 +22,9 @@ _Tally = tuple[float, float, Counts | None]  # sum, sum of squares, counts of th
 class ValueStatistics:
     """Statistics of one value of a program, from which every range algorithm reads.
 
-    Sums are float64, counts exact; neither the order nor the size of the batches matters, except for the rounding of
-    the sums. With `histogram=False` the algorithms abs_max, min_max and avg remain, at half of the time.
+    Counts are exact; sums are float32 within a piece and float64 over pieces. Neither the order nor the size of the
+    batches matters, except for the rounding of the sums. With `histogram=False` the algorithms abs_max, min_max and avg
+    remain, at half of the time.
     """
 
     def __init__(self, *, histogram: bool = True) -> None:
@@ -45,7 +46,7 @@ class ValueStatistics:
         The elements are read as float32. `name` is the value's, for the error.
 
         Raises:
-            CalibrationError: NaN or infinity in the batch; the statistics stay as they were.
+            CalibrationError: NaN or infinity in the batch, which is then not counted.
         """
         batch = self.batches
         self.batches += 1
@@ -78,14 +79,20 @@ class ValueStatistics:
 
     def _tally(self, block: Tensor, *, signed: bool) -> _Tally:
         flat = block.reshape(-1).float()
-        wide = torch.empty_like(flat[:PIECE], dtype=torch.float64)
         total = square_total = 0.0
-        for piece in pieces(flat):
-            piece64 = wide[: len(piece)].copy_(piece)
-            total += float(piece64.sum())
-            square_total += float(piece64.square_().sum())
+        exponent = self._sum_exponent
+        for piece in pieces(flat):  # scaled by a power of two, so that no square leaves the range of float32
+            scaled = piece if exponent == 0 else torch.ldexp(piece, torch.tensor(-exponent))
+            total += math.ldexp(float(scaled.sum()), exponent)
+            square_total += math.ldexp(float(torch.dot(scaled, scaled)), 2 * exponent)
         counts = None if self.histogram is None else self.histogram.counts_of(flat, signed=signed)
         return total, square_total, counts
+
+    @property
+    def _sum_exponent(self) -> int:
+        """Power of two by which elements are divided before they are squared; 0 for every value of ordinary size."""
+        exponent = math.frexp(self.abs_max)[1]
+        return exponent if abs(exponent) > 40 else 0
 
     def merge(self, other: "ValueStatistics") -> None:
         """Take in what `other` has seen of the same value; `other` stays as it is."""
