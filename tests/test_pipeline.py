@@ -23,9 +23,11 @@ from slimgraph.auto.notices import (
 from slimgraph.auto.outcome import in_form_of, measure_agreement
 from slimgraph.auto.pipeline import FILES, compress
 from slimgraph.auto.staging import staging
+from slimgraph.deploy import targets
 from slimgraph.deploy.kernels import FloatLayer, count_kernels
 from slimgraph.deploy.latency import summarize_pairs
 from slimgraph.deploy.onnx import export_onnx
+from slimgraph.deploy.processor import Processor
 from slimgraph.errors import (
     ConfigError,
     DataError,
@@ -356,7 +358,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
     ],
 )
 def test_bad_input_stops_before_any_work(options, error, message, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "collect_statistics", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr(pipeline, "quantize_with_record", lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(error, match=message):
         compress(trained, **{"data": CALIBRATION, "out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
@@ -377,8 +379,9 @@ def test_a_program_that_is_quantized_already_is_refused(compressed, tmp_path):
 
 
 def test_onnxruntime_is_the_variant_of_this_processor(trained, tmp_path, monkeypatch):
-    for variant, target in (("avx2", "onnxruntime-avx2"), ("vnni", "onnxruntime"), ("arm", "onnxruntime")):
-        monkeypatch.setattr(pipeline, "onnxruntime_variant", lambda _, variant=variant: variant)
+    for features, target in ((("avx2",), "onnxruntime-avx2"), (("avx2", "avx_vnni"), "onnxruntime")):
+        processor = Processor(name="", architecture="x86_64", features=features)
+        monkeypatch.setattr(targets, "detect_processor", lambda processor=processor: processor)
         assert compress(trained, CALIBRATION, out=tmp_path, dry_run=True).target == target
     assert compress(trained, CALIBRATION, out=tmp_path, dry_run=True, target="tensorrt").target == "tensorrt"
 

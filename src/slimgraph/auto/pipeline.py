@@ -23,17 +23,14 @@ from slimgraph.auto.outcome import Progress, is_measured
 from slimgraph.auto.staging import staging
 from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.onnx import export_onnx
-from slimgraph.deploy.processor import detect_processor, onnxruntime_variant
 from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
 from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import is_quantized
-from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.quantize import DEFAULT_ALGORITHM, prepare
+from slimgraph.quantization.quantize import DEFAULT_ALGORITHM, prepare, quantize_with_record
 from slimgraph.quantization.ranges import RANGE_ALGORITHMS
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
@@ -147,7 +144,7 @@ def compress(
             compute what the program computes.
     """
     _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
-    resolved = _resolved(target)
+    resolved = resolved_target(target)
     calibration = open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
     _try_out(program, calibration, evaluation, metric, float_reference)
@@ -200,13 +197,6 @@ def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, th
         raise ConfigError(f"threads is {threads}; give 1 or more.")
 
 
-def _resolved(target: str) -> str:
-    """The target, that of ONNX Runtime by what this processor can do."""
-    return (
-        "onnxruntime-avx2" if target == "onnxruntime" and onnxruntime_variant(detect_processor()) == "avx2" else target
-    )
-
-
 def _try_out(
     program: Program,
     calibration: DataSource,
@@ -225,26 +215,22 @@ def _try_out(
 def _quantized(
     original: Program, plan: QuantizationPlan, calibration: DataSource, algorithm: str, say: Progress
 ) -> Quantized:
-    samples = 0
-
-    def count_samples(seen: int) -> None:
-        nonlocal samples
-        samples = seen
-        say("Calibrating", seen, calibration.samples)
-
-    say("Calibrating", 0, calibration.samples)
-    inputs = (batch.inputs for batch in calibration)
-    statistics = collect_statistics(original, values_to_observe(plan), inputs, progress=count_samples)
-    calibrated = choose_ranges(plan, statistics, algorithm=algorithm)
-    say("Correcting biases", 0, None)
-    corrected = correct_bias(original, calibrated, (batch.inputs for batch in calibration))
-    return Quantized(
-        program=apply_quantization(corrected, calibrated),
-        original=original,
-        plan=calibrated,
-        statistics=statistics,
+    made = quantize_with_record(
+        original,
+        plan,
+        (batch.inputs for batch in calibration),
         algorithm=algorithm,
-        samples=samples,
+        histograms=True,  # the report shows them
+        progress=lambda seen: say("Calibrating", seen, calibration.samples),
+        stage=lambda name: say(name, 0, None),
+    )
+    return Quantized(
+        program=made.program,
+        original=made.prepared,
+        plan=made.plan,
+        statistics=made.statistics,
+        algorithm=algorithm,
+        samples=made.samples,
     )
 
 

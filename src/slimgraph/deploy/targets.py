@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from slimgraph.deploy.processor import Processor, detect_processor, onnxruntime_variant
 from slimgraph.errors import UnknownNameError, closest
 from slimgraph.program.scheme import IntScheme
 
@@ -52,8 +53,9 @@ _ONNXRUNTIME = Target(
     summary="ONNX Runtime on processors with 8-bit dot products (x86 VNNI, Arm dotprod).",
     activation=_UINT8,
     weight=_WEIGHT,
-    # The product of two activations gains next to nothing (0.80-0.92 of float, docs/onnxruntime.md) and costs accuracy;
-    # integer average pools are slower than float ones.
+    # The product of two activations gains next to nothing (0.80-0.92 of float, docs/onnxruntime.md) and costs accuracy.
+    # Softmax stands between two such products, so that quantizers around it would be work without an integer neighbour;
+    # it stays float. Integer average pools are slower than float ones.
     anchors=frozenset({CONVOLUTION, LINEAR}),
     joins=frozenset({ADD, MULTIPLY, CONCAT, GLOBAL_AVERAGE_POOL}),
     passing=_MOVES,
@@ -75,6 +77,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             activation=IntScheme(symmetric=True),
             weight=_WEIGHT,
             integer_bias=False,
+            # Products of two activations are in integers: both factors get a quantizer, one of them behind the softmax,
+            # which itself stays float.
             anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
             joins=frozenset({ADD}),
             passing=_MOVES | {AVERAGE_POOL},
@@ -86,6 +90,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             activation=_UINT8,
             weight=_WEIGHT,
             integer_bias=False,
+            # Products and softmax as for TensorRT.
             anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
             joins=frozenset({ADD, MULTIPLY, CONCAT}),
             passing=_MOVES | {AVERAGE_POOL},
@@ -119,3 +124,17 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UnknownNameError(f"There is no target {name!r}. {closest(name, TARGETS)}")
     return TARGETS[name]
+
+
+def resolved_target(name: str, processor: Processor | None = None) -> str:
+    """The target of that name, where "onnxruntime" is the variant that is right on a processor.
+
+    It becomes "onnxruntime-avx2" on x86 without VNNI. Every other name stays as it is, also one that does not exist.
+
+    Args:
+        processor: the one that will run the result; None is this machine's.
+    """
+    if name != "onnxruntime":
+        return name
+    variant = onnxruntime_variant(detect_processor() if processor is None else processor)
+    return "onnxruntime-avx2" if variant == "avx2" else name

@@ -1,18 +1,21 @@
 """Post-training quantization in one call."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from slimgraph.deploy.targets import Target
+from slimgraph.deploy.targets import Target, resolved_target
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.program import Program
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
-from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
+from slimgraph.quantization.ranges import NEED_HISTOGRAM
+from slimgraph.quantization.statistics import ValueStatistics
 
 DEFAULT_ALGORITHM = "mse"
 
@@ -41,6 +44,7 @@ def quantize(
         calibration: batches of real inputs, without labels, as `Signature.bind` takes them; read once. A few hundred
             samples are enough.
         target: name of the runtime that will run the result (`slimgraph.deploy.targets`), or a `Target`.
+            "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI; a `Target` stays what it is.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         skip: layers that stay float: names, globs, `re:…` or `op:…`.
         bias_correction: take each layer's mean rounding error off its bias.
@@ -57,16 +61,89 @@ def quantize(
     >>> quantize(program, calibration=[torch.randn(8, 4)]).state_dict()["weight"].dtype
     torch.int8
     """
-    float_program = prepare(program)
+    prepared = prepare(program)
     plan = plan_quantization(
-        float_program, target=target, skip=skip, weight_bits=weight_bits, activation_bits=activation_bits
+        prepared,
+        target=resolved_target(target) if isinstance(target, str) else target,
+        skip=skip,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
     )
-    remembered = Remembering(float_program, calibration, samples=REPAIR_SAMPLES)
-    statistics = collect_statistics(float_program, values_to_observe(plan), remembered, progress=progress)
-    plan = choose_ranges(plan, statistics, algorithm=algorithm)
+    return quantize_with_record(
+        prepared, plan, calibration, algorithm=algorithm, bias_correction=bias_correction, progress=progress
+    ).program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """A quantized program and how it came about."""
+
+    program: Program
+    prepared: Program
+    """The float program that the plan speaks of."""
+    plan: QuantizationPlan
+    """With ranges."""
+    statistics: Mapping[str, ValueStatistics]
+    samples: int
+    """Of calibration data."""
+
+
+def quantize_with_record(
+    prepared: Program,
+    plan: QuantizationPlan,
+    calibration: Iterable[Any],
+    *,
+    algorithm: str = DEFAULT_ALGORITHM,
+    bias_correction: bool = True,
+    histograms: bool = False,
+    progress: Callable[[int], None] | None = None,
+    stage: Callable[[str], None] | None = None,
+) -> Quantization:
+    """What a plan makes of the program that it was made for, with all that led there.
+
+    Args:
+        prepared: as `prepare` gives it; it stays as it is.
+        calibration, algorithm, bias_correction, progress: as for `quantize`.
+        histograms: also in the statistics for an algorithm that does without.
+        stage: told what begins.
+    Raises:
+        CalibrationError, DataError: the data cannot be used.
+        UnknownNameError: no such algorithm.
+    """
+    say = stage or _say_nothing
+    samples = 0
+
+    def count(seen: int) -> None:
+        nonlocal samples
+        samples = seen
+        if progress is not None:
+            progress(seen)
+
+    say("Calibrating")
+    remembered = Remembering(prepared, calibration, samples=REPAIR_SAMPLES)
+    statistics = collect_statistics(
+        prepared,
+        values_to_observe(plan),
+        remembered,
+        histogram=histograms or algorithm in NEED_HISTOGRAM,
+        progress=count,
+    )
+    ranged = choose_ranges(plan, statistics, algorithm=algorithm)
+    corrected = prepared
     if bias_correction:
-        float_program = correct_bias(float_program, plan, remembered.batches)
-    return apply_quantization(float_program, plan)
+        say("Correcting biases")
+        corrected = correct_bias(prepared, ranged, remembered.batches)
+    return Quantization(
+        program=apply_quantization(corrected, ranged),
+        prepared=prepared,
+        plan=ranged,
+        statistics=statistics,
+        samples=samples,
+    )
+
+
+def _say_nothing(stage: str) -> None:
+    """Progress that nobody asked for."""
 
 
 class Remembering:
