@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slimgraph.errors import CaptureError, ConfigError, closest
+from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten, key_name
 from slimgraph.program.names import name_captured_graph
 from slimgraph.program.program import HistoryEntry, Json, Program
