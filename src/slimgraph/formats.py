@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputError
 from slimgraph.program.archive import load_program, save_program
 from slimgraph.program.cast import cast
 from slimgraph.program.program import Program
 
+_HALVES = {torch.float16, torch.bfloat16}
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
 
@@ -37,10 +40,10 @@ def load(path: str | os.PathLike[str]) -> Program:
 
 
 def save(program: Program, path: str | os.PathLike[str]) -> None:
-    """Write a program: `.pt2` to load it again, `.onnx` to run it.
+    """Write a program: `.pt2` to load it again, `.onnx` to run it, checked as by `convert`.
 
     Raises:
-        ExportError: the suffix is another one, or the program has no ONNX form.
+        ExportError: the suffix is another one, the program has no ONNX form, or the ONNX file is found wrong.
         ProgramError: the program uses what a `.pt2` cannot hold.
         OutputError: the file cannot be written; an older one at `path` stays whole.
     """
@@ -48,9 +51,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         case ".pt2":
             save_program(program, path)
         case ".onnx":
-            from slimgraph.deploy.onnx import export_onnx  # takes seconds to import, and loading does not need it
-
-            export_onnx(program, path)
+            _write_checked(program, Path(path), "float32")
         case suffix:
             raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2 or .onnx.")
 
@@ -61,8 +62,8 @@ def convert(
     """Write a program, or the one in a file, in the form that the suffix of `out` names: `.onnx` or `.pt2`.
 
     An ONNX file is checked before it gets its name: in float32, and quantized, it has to compute in ONNX Runtime what
-    the program computes. In half precision only ONNX's own rules are checked, since the CPU has few kernels for it, and
-    ONNX Runtime 1.32 crashes while it optimizes some of such models.
+    the program computes; docs/export.md says how closely. In half precision only ONNX's own rules are checked, since
+    the CPU has few kernels for it, and ONNX Runtime 1.32 crashes while it optimizes some of such models.
 
     Args:
         precision: "float32" leaves the numbers as they are; "float16" and "bfloat16" change all floating-point numbers
@@ -70,7 +71,7 @@ def convert(
     Raises:
         ModelLoadError: as `load`.
         ConfigError: there is no such precision, a quantized program was to change it, or `out` is the source itself.
-        ExportError, ProgramError, OutputError: as `save`, and if the ONNX file is found wrong.
+        ExportError, ProgramError, OutputError: as `save`.
     """
     from slimgraph.deploy.onnx import PRECISIONS
 
@@ -87,8 +88,9 @@ def convert(
 
 
 def _write_checked(program: Program, target: Path, precision: str) -> None:
-    from slimgraph.deploy.check_export import check_export
-    from slimgraph.deploy.onnx import export_onnx
+    # These take seconds to import, and neither loading nor a .pt2 needs them.
+    from slimgraph.deploy.check_export import SAMPLES, check_export
+    from slimgraph.deploy.onnx import PRECISIONS, export_onnx
     from slimgraph.deploy.random_inputs import random_inputs
 
     try:
@@ -100,15 +102,22 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
     with aside as folder:
         written = Path(folder) / target.name
         export_onnx(program, written, precision=precision)
-        if precision == "float32":
-            check_export(program, written, random_inputs(program.signature))
-        else:
+        if PRECISIONS[precision] in _HALVES or _is_half(program):
             _check_rules(written)
+        else:
+            # Samples that differ, or one that leaks into another could not be seen.
+            batch = None if program.signature.batch_axis is None else SAMPLES
+            check_export(program, written, random_inputs(program.signature, batch=batch))
         try:
             for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights of a large model before the model
                 part.replace(target.parent / part.name)
         except OSError as error:
             raise OutputError(f"Cannot write {target}: {error.strerror}. What stood there is unchanged.") from error
+
+
+def _is_half(program: Program) -> bool:
+    specs = (*program.signature.inputs, *program.signature.outputs)
+    return bool(_HALVES & {tensor.dtype for tensor in (*program.state_dict().values(), *specs)})
 
 
 def _check_rules(path: Path) -> None:

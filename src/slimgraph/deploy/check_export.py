@@ -11,9 +11,11 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx_file import read_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.errors import ExportError
+from slimgraph.program.differences import differences, finite
 from slimgraph.program.names import value_of
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import QUANTIZE, is_quantized
@@ -45,6 +47,10 @@ class ExportCheck:
     """Mean difference of the outputs, run freely, in output quanta for a quantized program; at most 1 passes."""
     agreement: float
     """Fraction of samples with the same greatest output; those closer to a tie than a quantum count as equal."""
+    integer_kernels: int
+    """Convolutions and matrix products that ONNX Runtime runs in integers; not counted, 0, for a float program."""
+    float_kernels: int
+    """Those of a quantized program that it runs in float; 0 for a float program."""
 
 
 def check_export(program: Program, path: str | os.PathLike[str], batch: Any) -> ExportCheck:
@@ -62,12 +68,23 @@ def check_export(program: Program, path: str | os.PathLike[str], batch: Any) -> 
     program = program if not program.training else program.copy().eval()
     code_check = _compare_codes(program, Path(path), inputs)
     error, agreement = _compare_outputs(program, OnnxModel.open(path), path, inputs)
+    integer, floating = _kernels(path) if is_quantized(program.graph) else (0, 0)
     return ExportCheck(
         integer_values=code_check[0],
         largest_code_difference=code_check[1],
         unequal_codes=code_check[2],
         output_error=error,
         agreement=agreement,
+        integer_kernels=integer,
+        float_kernels=floating,
+    )
+
+
+def _kernels(path: str | os.PathLike[str]) -> tuple[int, int]:
+    count = count_kernels(path)
+    return (
+        count.convolutions_integer + count.matmuls_integer,
+        count.convolutions_float + count.matmuls_float,
     )
 
 
@@ -117,36 +134,40 @@ def _compare_outputs(
                 raise ExportError(
                     f"Output {spec.name!r} of {path} has shape {list(b.shape)} instead of {list(a.shape)}."
                 )
-        if not spec.dtype.is_floating_point or not any(a.numel() for a in ours):
+        if not spec.dtype.is_floating_point or not ours[0].numel():
             continue
+        values = finite(ours[0])
         # An int8 output has 255 steps over its extent; one that stays float is measured by the same step.
-        step = max(float(ours[0].double().max() - ours[0].double().min()) / 255, 1e-12)
-        difference = [(a.double() - b.double()).abs() for a, b in zip(ours, theirs, strict=True)]
+        step = max(float(values.max() - values.min()) / 255 if values.numel() else 0.0, 1e-12)
+        difference = [differences(a, b) for a, b in zip(ours, theirs, strict=True)]
+        # Limits are tested as `not x <= limit`, since NaN, in one of the two only, has to fail.
         if quantized:
             margin = step
-            error = float(torch.cat([d.flatten() for d in difference]).mean()) / step
-            if error > 1.0 and error > (allowed := _own_unrest(program, inputs, spec.name) / step):
+            error = _mean(torch.cat(difference)) / step
+            if not error <= 1.0 and not error <= (allowed := _own_unrest(program, inputs, spec.name) / step):
                 raise ExportError(
                     f"Output {spec.name!r} of {path} is {error:.2f} quanta off the program's on average; "
                     f"{max(allowed, 1.0):.2f} would be rounding."
                 )
             worst = max(worst, error)
         else:
-            reach = max(float(a.double().abs().max()) for a in ours if a.numel())
+            reach = float(values.abs().max()) if values.numel() else 0.0
             margin = _FLOAT_TOLERANCE.get(spec.dtype, 1e-4) * reach + 1e-6
-            largest = max(float(d.max()) for d in difference if d.numel())
-            if largest > margin:
+            every = torch.cat(difference)
+            largest = float(every.max()) if every.numel() else 0.0
+            if not largest <= margin:
                 raise ExportError(
                     f"Output {spec.name!r} of {path} differs from the program's by {largest:.3g} "
                     f"(its largest value is {reach:.3g})."
                 )
-            worst = max(worst, float(difference[0].mean()) / step)
-        same = [_same_greatest(a.double(), b.double(), margin) for a, b in zip(ours, theirs, strict=True)]
-        dissents, samples = sum(float((~s).sum()) for s in same), sum(s.numel() for s in same)
+            worst = max(worst, _mean(difference[0]) / step)
+        # Of the whole batch only: the smaller ones repeat its samples, and would count one dissent several times.
+        same = _same_greatest(ours[0].double(), theirs[0].double(), margin)
+        dissents, samples = int((~same).sum()), same.numel()
         agreements.append(1 - dissents / max(samples, 1))
         # One sample in a small batch is more than half a percent: a single dissent is no proof of a fault.
         if agreements[-1] < _LEAST_AGREEMENT and dissents > 1:
-            raise ExportError(f"{path} names another class than the program for {dissents:.0f} of {samples} samples.")
+            raise ExportError(f"{path} names another class than the program for {dissents} of {samples} samples.")
     return worst, min(agreements)
 
 
@@ -157,16 +178,22 @@ def _own_unrest(program: Program, inputs: Mapping[str, Tensor], name: str) -> fl
     random weights does not, and two correct computations of it then differ as much as it differs from itself.
     """
     nudged = {key: x * (1 + 1e-6) if x.is_floating_point() else x for key, x in inputs.items()}
-    before, after = (_outputs(program, given)[name].double() for given in (inputs, nudged))
-    return 2.0 * float((before - after).abs().mean())
+    before, after = (_outputs(program, given)[name] for given in (inputs, nudged))
+    apart = finite(differences(before, after))  # what turns infinite by a nudge would allow anything
+    return 2.0 * _mean(apart)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0
 
 
 def _same_greatest(expected: Tensor, got: Tensor, margin: float) -> Tensor:
     """For each row, whether the greatest element is the same, or within `margin` of it in the expected row."""
     if expected.dim() < 2 or expected.shape[-1] < 2:
         return torch.ones(0, dtype=torch.bool)
-    chosen = expected.gather(-1, got.argmax(-1, keepdim=True))
-    return (chosen >= expected.amax(-1, keepdim=True) - margin).flatten()
+    ours, theirs = expected.argmax(-1, keepdim=True), got.argmax(-1, keepdim=True)
+    near = expected.gather(-1, theirs) >= expected.amax(-1, keepdim=True) - margin
+    return (near | (ours == theirs)).flatten()  # where both are NaN, which counts as the greatest, nothing is near
 
 
 # Operator by operator
