@@ -8,6 +8,7 @@ from slimgraph.auto.outcome import Model, Progress, counted, in_form_of, is_meas
 from slimgraph.deploy.compare import Comparison, compare
 from slimgraph.deploy.kernels import KernelCount, count_kernels
 from slimgraph.deploy.latency import LatencyComparison, measure_latency
+from slimgraph.deploy.onnx_file import data_files, read_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.program.program import Program
 from slimgraph.report.facts import MetricResult
@@ -79,5 +80,5 @@ def _quality(original: Model, compressed: Model, how: Judged, progress: Progress
 
 
 def _size_bytes(path: Path) -> int:
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    files = (path, *data_files(read_onnx(path), path))
+    return sum(file.stat().st_size for file in files)

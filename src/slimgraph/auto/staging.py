@@ -24,7 +24,7 @@ def staging(out: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(out)
     missing = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
-        with TemporaryDirectory(prefix=".slimgraph-", dir=output_directory(target)) as aside:
+        with _aside(target) as aside:
             yield Path(aside)
             _move_files(Path(aside), target)
     finally:
@@ -33,8 +33,17 @@ def staging(out: str | os.PathLike[str]) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def _aside(target: Path) -> TemporaryDirectory[str]:
+    directory = output_directory(target)
+    try:
+        return TemporaryDirectory(prefix=".slimgraph-", dir=directory)
+    except OSError as error:
+        raise OutputError(f"Cannot write into {target}: {error.strerror}. Give a folder that is writable.") from error
+
+
 def _move_files(source: Path, target: Path) -> None:
-    files = sorted(path for path in source.iterdir() if path.is_file())
+    # From the end of the alphabet, so that model.onnx.data is there before model.onnx, which reads it.
+    files = sorted((path for path in source.iterdir() if path.is_file()), reverse=True)
     blocked = [target / path.name for path in files if (target / path.name).is_dir()]
     if blocked:
         raise OutputError(

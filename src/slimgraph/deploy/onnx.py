@@ -57,7 +57,8 @@ def export_onnx(
             aside.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         return
     data = target.with_name(f"{target.name}.data")
-    with replacing(data) as data_aside, replacing(target) as aside:
+    # The inner one gets its name first: a model that has its name has its weights.
+    with replacing(target) as aside, replacing(data) as data_aside:
         ir.save(model, aside, external_data=data_aside.name)
         _point_to(aside, data_aside.name, data.name)
 
@@ -83,7 +84,7 @@ def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
         prepared = cast(prepared, PRECISIONS[precision])
     exported = reexport(prepared)
     carry_names(exported)
-    opset = _OPSET_OF_BFLOAT16 if precision == "bfloat16" else OPSET
+    opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
     with _quiet():
         try:
             converted = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
@@ -96,6 +97,13 @@ def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
     merge_pads(model)
     clean_up(model)
     return model
+
+
+def _types(program: Program) -> set[torch.dtype]:
+    return {
+        *(tensor.dtype for tensor in program.state_dict().values()),
+        *(spec.dtype for spec in (*program.signature.inputs, *program.signature.outputs)),
+    }
 
 
 def _cause(error: BaseException) -> str:

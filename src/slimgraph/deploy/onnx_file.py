@@ -114,6 +114,19 @@ def _check_external_data(model: onnx.ModelProto, source: Source) -> None:
             raise ModelLoadError(f"{what}, {values['location']!r}, which is too short. It was not copied whole.")
 
 
+def data_files(model: onnx.ModelProto, path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The other files, each once, in which a model that `read_onnx` read from `path` keeps its weights."""
+    places = (
+        entry.value
+        for tensor in _tensors(model)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    )
+    folder = Path(path).parent
+    return tuple(dict.fromkeys((folder / place.replace("\\", "/")).resolve() for place in places))
+
+
 def read_onnx(source: Source) -> onnx.ModelProto:
     """The model in a file, or in its content, without the data that are kept in other files.
 
