@@ -20,6 +20,7 @@ from slimgraph.cli import digits_network
 from slimgraph.cli.command import plain
 from slimgraph.cli.main import app
 from slimgraph.cli.models import open_model, parse_inputs
+from slimgraph.deploy.targets import TARGETS
 from slimgraph.errors import ConfigError
 from slimgraph.formats import load
 from slimgraph.program.capture import capture
@@ -78,6 +79,11 @@ def test_every_command_has_help_for_every_option_and_can_answer_as_json(name):
     assert {"--json", "--debug"} <= options.keys()
     assert [option for option, parameter in options.items() if not parameter.help] == []
     assert run(name, "--help").exit_code == 0
+
+
+def test_the_help_of_target_names_every_target():
+    (target,) = (parameter for parameter in COMMANDS["compress"].params if "--target" in parameter.opts)
+    assert set(TARGETS) <= set(re.findall(r"[\w-]+", target.help))
 
 
 def test_version():
@@ -153,6 +159,19 @@ def test_a_factory_in_the_current_folder_is_found_and_captured(module):
     module("nets", NET)
     found = answer("inspect", "nets:Net", "--input", "1,1,8,8")
     assert found["inputs"] == [{"name": "image", "dtype": "float32", "shape": ["batch", 1, 8, 8]}]
+
+
+def test_a_factory_draws_the_weights_of_the_seed_and_leaves_the_global_random_state_alone(module):
+    module("drawn", NET)
+    sys.path.insert(0, ".")
+
+    def weight(seed):
+        return open_model("drawn:Net", inputs=["1,1,8,8"], seed=seed).state_dict()["fc.weight"]
+
+    before = torch.get_rng_state()
+    assert torch.equal(weight(seed=3), weight(seed=3))
+    assert not torch.equal(weight(seed=3), weight(seed=4))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_named_inputs_are_passed_by_name_with_their_type(module):

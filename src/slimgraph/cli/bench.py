@@ -55,7 +55,7 @@ def bench(
     sizes = _sizes(size or [])
     with ProgressBar() as progress:
         progress(f"Opening {' and '.join(names)}")
-        opened = open_models(names, inputs=inputs, weights=weights)
+        opened = open_models(names, inputs=inputs, weights=weights, seed=seed)
         progress("Measuring")
         latency = measure_latency(
             opened[0],

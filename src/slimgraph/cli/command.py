@@ -60,14 +60,20 @@ def plain(value: object) -> object:
 def command(function: Callable[..., Answer]) -> Callable[..., None]:
     """Make a typer command of a function that gives an answer; adds `--json` and `--debug`.
 
+    A parameter whose type is a dataclass becomes one option for each of its fields, in its place.
     Whatever is printed while it works goes to stderr. An error becomes one paragraph there and exit code 2.
     """
+
+    own = inspect.signature(function)
+    groups = {name: parameter.annotation for name, parameter in own.parameters.items() if _is_group(parameter)}
 
     @wraps(function)
     def run(*, as_json: bool, debug: bool, **given: Any) -> None:
         stdout = sys.stdout
         try:
             with contextlib.redirect_stdout(sys.stderr):
+                for name, group in groups.items():
+                    given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
                 answer = function(**given)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
@@ -80,14 +86,31 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
         _print(answer, stdout, as_json=as_json)
         raise typer.Exit(answer.exit_code)
 
-    own = inspect.signature(function)
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in (("as_json", AsJson), ("debug", Debug))
+    parameters = [
+        option
+        for parameter in own.parameters.values()
+        for option in (_options(parameter) if _is_group(parameter) else [parameter])
     ]
-    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *added], return_annotation=None)  # type: ignore[attr-defined]
-    run.__annotations__ = {**function.__annotations__, "as_json": AsJson, "debug": Debug, "return": None}
+    parameters += [
+        _keyword(name, annotation, default=False) for name, annotation in (("as_json", AsJson), ("debug", Debug))
+    ]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters], return_annotation=None
+    )
+    run.__annotations__ = {**{parameter.name: parameter.annotation for parameter in parameters}, "return": None}
     return run
+
+
+def _is_group(parameter: inspect.Parameter) -> bool:
+    return isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
+
+
+def _options(group: inspect.Parameter) -> list[inspect.Parameter]:
+    return [_keyword(field.name, field.type, default=field.default) for field in fields(group.annotation)]
+
+
+def _keyword(name: str, annotation: object, *, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _print(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:

@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.options import (
-    BatchSize,
-    Data,
-    ImageSize,
-    Input,
-    Mean,
-    Metric,
-    ModelArgument,
-    Order,
-    ResizeSize,
-    Seed,
-    Std,
-    Threads,
-    Weights,
-    allow_local_modules,
-    image_options,
-)
+from slimgraph.cli.options import Data, Input, Metric, ModelArgument, Seed, Threads, Weights, allow_local_modules
+from slimgraph.cli.samples import SampleOptions, open_samples
 from slimgraph.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +24,7 @@ def compress(
     context: typer.Context,
     model: ModelArgument,
     data: Data,
+    samples: SampleOptions,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder of the result; made if it is missing.", show_default=False),
@@ -54,7 +40,12 @@ def compress(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="Where it will run: onnxruntime, tensorrt, openvino, mobile, simulate.")
+        str,
+        typer.Option(
+            "--target",
+            help="Where it will run: onnxruntime (the variant for this processor), onnxruntime-avx2, tensorrt, "
+            "openvino, mobile, simulate.",
+        ),
     ] = "onnxruntime",
     metric: Metric = "top1",
     max_drop: Annotated[
@@ -78,14 +69,8 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, and write nothing.", show_default=False)
     ] = False,
-    batch_size: BatchSize = 32,
     inputs: Input = None,
     weights: Weights = None,
-    image_size: ImageSize = None,
-    resize_size: ResizeSize = None,
-    mean: Mean = "0",
-    std: Std = "1",
-    order: Order = "RGB",
 ) -> Answer:
     """Compress MODEL to int8: writes model.onnx, model.pt2, report.html and report.json.
 
@@ -93,25 +78,19 @@ def compress(
     --max-drop allows; the files are written all the same.
     """
     allow_local_modules(model, data, eval_data or "", metric)
-    image = image_options(image_size, resize_size, mean, std, order)
     if out is None and not dry_run:
         raise ConfigError("Give --out, the folder of the result, or --dry-run to see the plan only.")
     from slimgraph.auto.pipeline import CompressOptions
     from slimgraph.auto.pipeline import compress as compress_program
     from slimgraph.cli.models import open_program
     from slimgraph.progress import ProgressBar
-    from slimgraph.training.data import open_data
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        program = open_program(model, inputs=inputs, weights=weights)
-        calibration, evaluation = (
-            None if spec is None else open_data(spec, program.signature, batch_size=batch_size, image=image, seed=seed)
-            for spec in (data, eval_data)
-        )
-        assert calibration is not None
+        program = open_program(model, inputs=inputs, weights=weights, seed=seed)
+        calibration = open_samples(data, program.signature, samples, seed=seed)
         options: CompressOptions = {
-            "eval_data": evaluation,
+            "eval_data": None if eval_data is None else open_samples(eval_data, program.signature, samples, seed=seed),
             "target": target,
             "metric": metric,
             "max_drop": max_drop,

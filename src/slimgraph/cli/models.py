@@ -50,33 +50,38 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-def open_model(text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None) -> Program | OnnxModel:
+def open_model(
+    text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
+) -> Program | OnnxModel:
     """The model that MODEL names: a program, or an ONNX file in ONNX Runtime.
 
     Args:
         text: a `.pt2` file, an `.onnx` file, or `package.module:factory`, which is imported and called.
         inputs: what `--input` says of the factory's module.
         weights: for the factory's module.
+        seed: of the weights that a factory draws; the same one gives the same weights to every command.
     Raises:
         ModelLoadError: there is no such model, it is something else, damaged or unsafe.
         ConfigError: `inputs` or `weights` are malformed, or the model is a file, which has its own.
         CaptureError: the module cannot be captured.
     """
-    return open_models([text], inputs=inputs, weights=weights)[0]
+    return open_models([text], inputs=inputs, weights=weights, seed=seed)[0]
 
 
 def open_models(
-    texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None
+    texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
 ) -> list[Program | OnnxModel]:
     """As `open_model`, for several; `inputs` and `weights` are for those of them that are factories."""
     factories = {text for text in texts if is_reference(text) and not Path(text).exists()}
     if not factories and (inputs or weights is not None):
         option = "--input" if inputs else "--weights"
         raise ConfigError(f"{option} is for package.module:factory, but the model is {texts[0]}. Leave the option out.")
-    return [_captured(text, inputs or (), weights) if text in factories else _from_file(text) for text in texts]
+    return [_captured(text, inputs or (), weights, seed) if text in factories else _from_file(text) for text in texts]
 
 
-def open_program(text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None) -> Program:
+def open_program(
+    text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
+) -> Program:
     """As `open_model`, where only a program will do.
 
     Raises:
@@ -87,7 +92,7 @@ def open_program(text: str, *, inputs: Sequence[str] | None = None, weights: Pat
             f"{text} is an ONNX file: it can be inspected, run and measured, but importing ONNX in order to change "
             "it is not there yet. Give the model as .pt2, or as package.module:factory."
         )
-    model = open_model(text, inputs=inputs, weights=weights)
+    model = open_model(text, inputs=inputs, weights=weights, seed=seed)
     assert isinstance(model, Program)
     return model
 
@@ -120,11 +125,12 @@ def _beside(path: Path) -> str:
     return f"{closest(path.name, names)} " if names else ""
 
 
-def _captured(reference: str, inputs: Sequence[str], weights: Path | None) -> Program:
+def _captured(reference: str, inputs: Sequence[str], weights: Path | None, seed: int) -> Program:
     example = parse_inputs(inputs)
-    found = import_callable(reference, what="The model", error=ModelLoadError)
-    torch.manual_seed(0)  # a factory that draws its weights gives the same ones to `convert` and to `verify`
-    module = found if isinstance(found, nn.Module) else found()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the caller's random numbers stay its own
+        torch.manual_seed(seed)
+        found = import_callable(reference, what="The model", error=ModelLoadError)
+        module = found if isinstance(found, nn.Module) else found()
     if not isinstance(module, nn.Module):
         raise ModelLoadError(
             f"{reference} returned an object of type {type(module).__name__}. It must return a torch.nn.Module."

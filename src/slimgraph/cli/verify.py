@@ -6,19 +6,8 @@ import typer
 from rich.table import Table
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.options import (
-    BatchSize,
-    Data,
-    ImageSize,
-    Input,
-    Mean,
-    Order,
-    ResizeSize,
-    Std,
-    Weights,
-    allow_local_modules,
-    image_options,
-)
+from slimgraph.cli.options import Data, Input, Weights, allow_local_modules
+from slimgraph.cli.samples import SampleOptions, open_samples
 
 if TYPE_CHECKING:
     from slimgraph.training.agreement import Agreement
@@ -31,35 +20,28 @@ def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference: .pt2, .onnx or package.module:factory.")],
     b: Annotated[str, typer.Argument(metavar="B", help="What should agree with it.")],
     data: Data,
+    samples: SampleOptions,
     tolerance: Annotated[
         float,
         typer.Option(
             "--tolerance", help="Largest difference, as a fraction of the largest value of A's output.", min=0.0
         ),
     ] = 0.01,
-    batch_size: BatchSize = 32,
     inputs: Input = None,
     weights: Weights = None,
-    image_size: ImageSize = None,
-    resize_size: ResizeSize = None,
-    mean: Mean = "0",
-    std: Std = "1",
-    order: Order = "RGB",
 ) -> Answer:
     """Say whether models A and B agree on some data, and how closely. Exit code 0 if they do, 1 if not."""
     allow_local_modules(a, b, data)
-    image = image_options(image_size, resize_size, mean, std, order)
     from slimgraph.auto.outcome import counted
     from slimgraph.cli.models import open_models
     from slimgraph.progress import ProgressBar
     from slimgraph.training.agreement import agreement
-    from slimgraph.training.data import open_data
 
     with ProgressBar() as progress:
         progress(f"Opening {a} and {b}")
         reference, other = open_models([a, b], inputs=inputs, weights=weights)
-        samples = open_data(data, reference.signature, batch_size=batch_size, image=image)
-        found = agreement(other, reference, counted(samples, progress, "Comparing"))
+        batches = open_samples(data, reference.signature, samples)
+        found = agreement(other, reference, counted(batches, progress, "Comparing"))
     # A NaN compares as false, so that it never agrees.
     agree = all(output.max_abs <= tolerance * output.reference_max_abs for output in found.outputs)
     return Answer(
