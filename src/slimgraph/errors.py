@@ -44,10 +44,6 @@ class OutputError(SlimgraphError):
     """A file or a directory could not be written."""
 
 
-class MissingExtraError(SlimgraphError):
-    """An optional package is needed; the message names the extra that installs it."""
-
-
 def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
     """Sentence that offers the existing names nearest to a wrong one.
 

@@ -50,12 +50,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a binary file, whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_bytes(data)
-
-
 def output_directory(path: str | os.PathLike[str]) -> Path:
     """The folder at `path`, made if it was missing.
 
