@@ -47,12 +47,6 @@ class IntScheme:
             return torch.int8 if self.signed else torch.uint8
         return torch.int16 if self.signed else torch.uint16
 
-    @property
-    def code_dtype_range(self) -> tuple[int, int]:
-        """Lowest and highest code that the storage type holds."""
-        info = torch.iinfo(self.dtype)
-        return (info.min, info.max)
-
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the grid that covers the real interval from `low` to `high`.
 
