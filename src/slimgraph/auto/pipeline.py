@@ -30,8 +30,8 @@ from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import is_quantized
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.quantize import DEFAULT_ALGORITHM, prepare, quantize_with_record
-from slimgraph.quantization.ranges import RANGE_ALGORITHMS
+from slimgraph.quantization.quantize import prepare, quantize_with_record
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
 from slimgraph.training.data import DataSource

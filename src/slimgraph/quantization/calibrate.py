@@ -11,7 +11,7 @@ from slimgraph.errors import CalibrationError, DataError, UnknownNameError, clos
 from slimgraph.program.names import value_of
 from slimgraph.program.program import Program
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.ranges import RANGE_ALGORITHMS
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -115,7 +115,11 @@ def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:
 
 
 def choose_ranges(
-    plan: QuantizationPlan, statistics: Mapping[str, ValueStatistics], *, algorithm: str = "mse", **options: Any
+    plan: QuantizationPlan,
+    statistics: Mapping[str, ValueStatistics],
+    *,
+    algorithm: str = DEFAULT_ALGORITHM,
+    **options: Any,
 ) -> QuantizationPlan:
     """The plan with the range that `algorithm` reads from the statistics for each scale.
 

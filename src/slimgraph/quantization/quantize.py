@@ -14,10 +14,8 @@ from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.ranges import NEED_HISTOGRAM
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM
 from slimgraph.quantization.statistics import ValueStatistics
-
-DEFAULT_ALGORITHM = "mse"
 
 
 def prepare(program: Program) -> Program:
