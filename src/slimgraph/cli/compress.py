@@ -54,7 +54,7 @@ def compress(
     ] = 0.01,
     algorithm: Annotated[
         str, typer.Option("--algorithm", help="How ranges are chosen: mse, KL, hist, avg, abs_max, …")
-    ] = "hist",
+    ] = "avg",
     skip: Annotated[
         list[str] | None,
         typer.Option(
