@@ -1,7 +1,6 @@
 """The networks with real weights, and the images that each is calibrated and judged on."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from models import cifar_resnet, mobilenet_v1, mobilenet_v2
 from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
 from slimgraph.training.data import Batch, DataSource, ImageOptions, open_data
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
-from models import cifar_resnet, mobilenet_v1, mobilenet_v2
 
 
 def data_folder() -> Path:
