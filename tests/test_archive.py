@@ -89,8 +89,12 @@ def quantized() -> Program:
     program = captured("ConvChain").copy()
     value, head = program.value("conv1"), program.value("fc")
     grid = (0.05, 3, -128, 127, torch.int8)
-    codes = edit.insert_after(value, ops.quantize_per_tensor.default, (value, *grid), value="conv1/quantize")
-    real = edit.insert_after(codes, ops.dequantize_per_tensor.default, (codes, *grid), value="conv1/dequantize")
+    codes = edit.insert_after(
+        value, ops.quantize_per_tensor.default, (value, *grid), value="conv1/quantize", taken=set()
+    )
+    real = edit.insert_after(
+        codes, ops.dequantize_per_tensor.default, (codes, *grid), value="conv1/dequantize", taken=set()
+    )
     edit.replace_uses(value, real, but=(codes,))
     weight = program.get_parameter("graph_module.fc.weight").detach()
     scale = weight.abs().amax(1).double() / 127

@@ -119,7 +119,7 @@ def test_the_program_reloads_with_its_result(compressed, trained):
     assert torch.equal(program(images), compressed.program(images))
     last = program.history[-1]
     assert last.step == "quantize"
-    assert last.parameters["algorithm"] == "avg"
+    assert last.parameters["algorithm"] == "min_max"
     assert last.parameters["samples"] == 128
     assert last.result["latency_ratio"] == compressed.report.latency.latency_ratio
     assert last.result["before"] == compressed.report.metric.before
@@ -154,7 +154,7 @@ def test_the_histograms_show_the_ranges_that_were_chosen(compressed):
     assert histograms.keys() == compressed.plan.ranges.keys()
     for name, histogram in histograms.items():
         assert (histogram.low, histogram.high) == compressed.plan.ranges[name]
-        assert histogram.algorithm == "avg"
+        assert histogram.algorithm == "min_max"
     assert sum(histograms["image"].counts) == 128 * 64
 
 

@@ -53,8 +53,8 @@ def compress(
         typer.Option("--max-drop", help="How much of the metric may be lost, absolute. Beyond it the exit code is 3."),
     ] = 0.01,
     algorithm: Annotated[
-        str, typer.Option("--algorithm", help="How ranges are chosen: mse, KL, hist, avg, abs_max, …")
-    ] = "avg",
+        str, typer.Option("--algorithm", help="How ranges are chosen: min_max, hist, mse, avg, abs_max, …")
+    ] = "min_max",
     skip: Annotated[
         list[str] | None,
         typer.Option(
