@@ -44,7 +44,7 @@ def first_samples(
 ) -> Iterator[dict[str, Tensor]]:
     """Inputs of the first samples, a few at a time; whole batches where the program fixes their size."""
     free = signature.batch_axis
-    batched = {spec.name for spec in signature.inputs if free is not None and spec.shape[:1] == (free,)}
+    batched = signature.batched
     seen = 0
     for batch in data:
         size = len(batch) if free is None else at_once

@@ -89,18 +89,13 @@ def _kernels(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _first_samples(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    batched = _batched(program)
+    batched = program.signature.batched
     return {name: tensor[:SAMPLES] if name in batched else tensor for name, tensor in inputs.items()}
-
-
-def _batched(program: Program) -> set[str]:
-    axis = program.signature.batch_axis
-    return {spec.name for spec in program.signature.inputs if axis is not None and spec.shape[:1] == (axis,)}
 
 
 def _parts(program: Program, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield inputs
-    batched = _batched(program)
+    batched = program.signature.batched
     for count in BATCHES if batched else ():
         yield {
             name: tensor[torch.arange(count) % len(tensor)] if name in batched else tensor

@@ -62,6 +62,12 @@ class Signature:
         first = self.inputs[0].shape[:1] if self.inputs else ()
         return first[0] if first and isinstance(first[0], str) else None
 
+    @property
+    def batched(self) -> frozenset[str]:
+        """Names of the inputs whose first axis counts samples; empty where the number of samples is fixed."""
+        axis = self.batch_axis
+        return frozenset(spec.name for spec in self.inputs if axis is not None and spec.shape[:1] == (axis,))
+
     def example(self, *, batch: int | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Zeros of the right types and shapes: `example_sizes` on the free axes, `batch` samples."""
         sizes = dict(self.example_sizes)

@@ -99,11 +99,10 @@ def _hinted_bytes(tensor: Tensor) -> int:
 
 def _slices(program: Program, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     """The batch in parts of `size` samples, or whole where the program's batch is fixed."""
-    axis = program.signature.batch_axis
-    if axis is None:
+    batched = program.signature.batched
+    if not batched:
         yield batch
         return
-    batched = {spec.name for spec in program.signature.inputs if spec.shape[:1] == (axis,)}
     for start in range(0, len(next(batch[name] for name in batched)), size):
         yield {name: x[start : start + size] if name in batched else x for name, x in batch.items()}
 

@@ -66,10 +66,10 @@ def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> li
         count += len(next(iter(bound.values())))
         if count >= samples or program.signature.batch_axis is None:
             break
-    batched = {spec.name: spec.shape[:1] == (program.signature.batch_axis,) for spec in program.signature.inputs}
+    batched = program.signature.batched
     return [
-        (torch.cat([bound[name] for bound in found])[:samples] if batched[name] else found[0][name]).to(program.device)
-        for name in batched
+        (torch.cat([bound[name] for bound in found])[:samples] if name in batched else tensor).to(program.device)
+        for name, tensor in found[0].items()
     ]
 
 
