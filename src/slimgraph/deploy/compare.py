@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from slimgraph.errors import DataError, ProgramError, UnknownNameError, closest
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.names import layer_of, operator_name, value_of
+from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.table import text_table
 
@@ -93,7 +94,10 @@ def compare(
         for index, batch in enumerate(batches):
             bound = reference.signature.bind(batch, where=f"Comparison batch {index}")
             samples += len(next(iter(bound.values())))
-            for name, x, y in _in_step(reference, compressed, bound, partners):
+            pairs = (
+                pair for part in in_parts(reference, bound) for pair in _in_step(reference, compressed, part, partners)
+            )
+            for name, x, y in pairs:
                 reason = _incomparable(x, y)
                 if not reason:
                     sums[name].add(x, y)

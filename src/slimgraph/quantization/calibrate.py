@@ -1,7 +1,7 @@
 """Measure the ranges of values by one pass over calibration data."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from slimgraph.errors import CalibrationError, DataError, UnknownNameError, closest
 from slimgraph.program.names import value_of
+from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
@@ -53,8 +54,10 @@ def collect_statistics(
     if unknown:
         raise UnknownNameError(f"The program has no value {unknown[0]!r}. {closest(unknown[0], existing)}")
     statistics = {name: ValueStatistics(histogram=histogram) for name in values}
-    interpreter = _Observing(program, statistics, lambda name, value: statistics[name].update(value, name=name))
-    size = _samples_at_once(program)
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    interpreter = _Observing(
+        program, statistics, lambda name, value: statistics[name].update(value, name=name, pool=pool)
+    )
     was_training = program.training
     program.eval()
     seen = 0
@@ -63,48 +66,19 @@ def collect_statistics(
             for index, batch in enumerate(batches):
                 bound = program.signature.bind(batch, where=f"Calibration batch {index}")
                 _reject_not_finite(bound, index)
-                for part in _slices(program, bound, size):
+                for part in in_parts(program, bound):
                     interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
                 seen += len(next(iter(bound.values())))
                 if progress is not None:
                     progress(seen)
     finally:
         program.train(was_training)
+        pool.shutdown()
     if not seen:
         raise CalibrationError(
             "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
         )
     return statistics
-
-
-_LARGEST_VALUE_BYTES = 2**24
-"""Values up to this size stay in the processor's cache, and the allocator hands their memory on. Larger ones are given
-back to the operating system and asked for again at every operator, which took a third of the time."""
-
-
-def _samples_at_once(program: Program) -> int:
-    """Number of samples whose largest value has about `_LARGEST_VALUE_BYTES`."""
-    values = [node.meta.get("val") for node in program.graph.nodes]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    samples = program.signature.example_sizes.get(program.signature.batch_axis or "", 1)
-    largest = max((_hinted_bytes(tensor) for tensor in tensors), default=1)
-    return max(1, _LARGEST_VALUE_BYTES * samples // max(largest, 1))
-
-
-def _hinted_bytes(tensor: Tensor) -> int:
-    sizes: list[Any] = list(tensor.shape)
-    elements: int = math.prod(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes)
-    return elements * tensor.element_size()
-
-
-def _slices(program: Program, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in parts of `size` samples, or whole where the program's batch is fixed."""
-    batched = program.signature.batched
-    if not batched:
-        yield batch
-        return
-    for start in range(0, len(next(batch[name] for name in batched)), size):
-        yield {name: x[start : start + size] if name in batched else x for name, x in batch.items()}
 
 
 def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:

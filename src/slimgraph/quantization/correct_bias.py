@@ -1,7 +1,7 @@
 """Repair what rounding shifts on average: by the bias of a layer, or by the statistics of its weight."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
 from slimgraph.program.fold import set_bias
 from slimgraph.program.names import value_of
+from slimgraph.program.parts import in_parts
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
@@ -38,26 +39,25 @@ def correct_bias(
     its empirical form. There the layers are repaired in as many passes; here in one.
     """
     inputs = _first_samples(program, batches, samples)
+    parts = list(in_parts(program, inputs))
     values = program.values
     layers = {w.value: _channel_axis(values[w.value]) for w in plan.weights if _has_room(program, values[w.value])}
-    was_training = program.training
-    program.eval()
+    corrected = program.copy().eval()
     with torch.inference_mode():
-        wanted: dict[str, Tensor] = {}
-        _LayerMeans(program, layers, seen=wanted).run(*inputs)
-        repairs: dict[str, Tensor] = {}
-        _LayerMeans(apply_quantization(program, plan), layers, wanted=wanted, seen=repairs).run(*inputs)
-    program.train(was_training)
-    corrected = program.copy()
+        wanted = _layer_means(corrected, parts, layers)
+        repairs = _layer_means(apply_quantization(corrected, plan), parts, layers, wanted=wanted)
+    corrected.train(program.training)
     readers = edit.count_readers(corrected.graph_module)
     values = corrected.values
     for name, shift in repairs.items():
         _add_to_bias(corrected, values[name], shift, readers)
     edit.finish(corrected)
-    return corrected.with_history(HistoryEntry(step="correct_bias", parameters={"samples": len(inputs[0])}))
+    return corrected.with_history(
+        HistoryEntry(step="correct_bias", parameters={"samples": sum(len(next(iter(part.values()))) for part in parts)})
+    )
 
 
-def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> list[Tensor]:
+def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> dict[str, Tensor]:
     found: list[dict[str, Tensor]] = []
     count = 0
     for index, batch in enumerate(batches):
@@ -67,10 +67,10 @@ def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> li
         if count >= samples or program.signature.batch_axis is None:
             break
     batched = program.signature.batched
-    return [
-        (torch.cat([bound[name] for bound in found])[:samples] if name in batched else tensor).to(program.device)
+    return {
+        name: torch.cat([bound[name] for bound in found])[:samples] if name in batched else tensor
         for name, tensor in found[0].items()
-    ]
+    }
 
 
 def _has_room(program: Program, node: fx.Node) -> bool:
@@ -88,46 +88,52 @@ def _channel_axis(node: fx.Node) -> int:
     return output.dim() - (weight.dim() - 1)
 
 
-class _LayerMeans(fx.Interpreter):
-    """Runs a program and takes the mean of each layer's output over everything but its channels.
-
-    With `wanted` means, it shifts each output to them before going on, and records the shifts instead.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        layers: Mapping[str, int],
-        *,
-        seen: dict[str, Tensor],
-        wanted: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._layers, self._seen, self._wanted = layers, seen, wanted
+class _Merged(fx.Interpreter):
+    """Runs a quantized graph with quantizer and dequantizer as one kernel, which passes over the tensor once."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Quantizer and dequantizer are one kernel here, which passes over the tensor once instead of six times.
         if target is QUANTIZE:
             return torch.fake_quantize_per_tensor_affine(*args[:5])
         if target is DEQUANTIZE and args[0].is_floating_point():
             return args[0]
         return super().call_function(target, args, kwargs)
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        name = value_of(n)
-        if name not in self._layers or not isinstance(result, Tensor):
-            return result
-        axis = self._layers[name]
-        mean = _channel_mean(result, axis)
-        if self._wanted is None:
-            self._seen[name] = mean
-            return result
-        shift = self._wanted[name] - mean
-        self._seen[name] = shift
-        return result.add_(
-            shift.to(result.dtype).reshape([-1 if other == axis else 1 for other in range(result.dim())])
-        )
+
+def _layer_means(
+    program: Program,
+    parts: Sequence[Mapping[str, Tensor]],
+    layers: Mapping[str, int],
+    *,
+    wanted: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The mean of each layer's output over everything but its channels, whose axis `layers` gives.
+
+    With `wanted` means it shifts each output to them before going on, and gives the shifts instead. All parts of the
+    samples go through the graph side by side, so that a layer's mean is known before the next one runs.
+    """
+    runs = [_Merged(program.graph_module) for _ in parts]
+    seen: dict[str, Tensor] = {}
+    for run, part in zip(runs, parts, strict=True):
+        run.args_iter = iter([tensor.to(program.device) for tensor in part.values()])
+    last_uses = runs[0].user_to_last_uses
+    for node in program.graph.nodes:
+        results = [run.run_node(node) for run in runs]
+        name = value_of(node)
+        if name in layers:
+            axis = layers[name]
+            weights = torch.tensor([len(next(iter(part.values()))) for part in parts], dtype=torch.float64)
+            means = torch.stack([_channel_mean(result, axis) for result in results])
+            mean = (means * weights[:, None].to(means.device)).sum(dim=0) / weights.sum()
+            seen[name] = mean if wanted is None else wanted[name] - mean
+            if wanted is not None:
+                for result in results:
+                    shape = [-1 if other == axis else 1 for other in range(result.dim())]
+                    result.add_(seen[name].to(result.dtype).reshape(shape))
+        for run, result in zip(runs, results, strict=True):
+            run.env[node] = result
+            for used in last_uses.get(node, ()):
+                del run.env[used]
+    return seen
 
 
 def _channel_mean(x: Tensor, axis: int) -> Tensor:
