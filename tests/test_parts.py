@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models.toys import TwoInputs, make
 from torch import nn
 
 import slimgraph.program.parts as parts
+from models.toys import TwoInputs, make
 from slimgraph.deploy.compare import compare
 from slimgraph.program.capture import capture
 from slimgraph.program.parts import in_parts
