@@ -20,6 +20,10 @@ class ModelLoadError(SlimgraphError):
     """A model file is missing, damaged, foreign, newer than this library, or unsafe to read."""
 
 
+class ModelImportError(ModelLoadError):
+    """A model file of another tool is damaged, contradicts itself, or uses what cannot become a program."""
+
+
 class UnknownNameError(SlimgraphError):
     """A layer, value, target, metric or algorithm of this name does not exist."""
 
