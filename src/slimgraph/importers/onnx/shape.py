@@ -1,0 +1,329 @@
+"""Operators of ONNX that ask for shapes, make them, and rearrange what is there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from slimgraph.importers.host import LARGEST, Host, product
+from slimgraph.importers.onnx.convolution import padded
+from slimgraph.importers.steps import Call, Operator
+
+
+def axes_of(call: Call, axes: Host | None, name: str = "axes") -> list[int] | None:
+    """Axes as an input (newer versions) or as an attribute."""
+    return axes.ints if axes is not None else call.ints(name)
+
+
+def _shape(call: Call, x: Tensor) -> Host:
+    begin, end = call.int("start", 0), call.attribute("end")
+    return Host.of(list(x.shape)[begin:end])
+
+
+def _shape_known(call: Call, x: Host) -> Host:
+    return Host.of(list(x.array.shape)[call.int("start", 0) : call.attribute("end")])
+
+
+def _size(call: Call, x: Tensor) -> Host:
+    return Host.of(product(x.shape))
+
+
+def _reshape(call: Call, x: Tensor, shape: Host) -> Tensor:
+    keep_zero = bool(call.int("allowzero", 0))
+    wanted = [
+        x.shape[axis] if isinstance(size, int) and size == 0 and not keep_zero else size
+        for axis, size in enumerate(shape.numbers)
+    ]
+    return torch.reshape(x, _for_any_batch(call, x, wanted))
+
+
+def _for_any_batch(call: Call, x: Tensor, wanted: list[Any]) -> list[Any]:
+    """Sizes that were written down for one sample, for as many as there are: the samples stay outermost."""
+    batch = call.module.batch
+    if not call.module.baked or not wanted or not x.dim() or not all(isinstance(size, int) for size in wanted):
+        return wanted
+    outermost = statically_known_true(x.shape[0] % batch == 0)
+    of_one = product(x.shape) // batch
+    open_axes = [axis for axis, size in enumerate(wanted) if size == -1]
+    known = product([size for size in wanted if size != -1])
+    if not outermost or known <= 0 or len(open_axes) > 1:
+        return wanted
+    if open_axes and open_axes[0] != 0:  # as many of the rest as there are in one sample
+        wanted = [of_one // known if size == -1 else size for size in wanted]
+    elif not open_axes and not statically_known_true(of_one == known):
+        return wanted
+    return [wanted[0] * batch if wanted[0] != -1 else -1, *wanted[1:]]
+
+
+def _reshape_known(call: Call, x: Host, shape: Host) -> Host:
+    sizes = [x.array.shape[axis] if size == 0 else size for axis, size in enumerate(shape.ints)]
+    return Host(x.array.reshape(sizes), x.dtype)
+
+
+def _flatten(call: Call, x: Tensor) -> Tensor:
+    axis = call.int("axis", 1)
+    axis = axis + x.dim() if axis < 0 else axis
+    if axis == 1 and x.dim() > 1:
+        return torch.flatten(x, 1)
+    return torch.reshape(x, (product(x.shape[:axis]), product(x.shape[axis:])))
+
+
+def _squeeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
+    chosen = axes_of(call, axes)
+    if chosen is None:
+        chosen = [axis for axis, size in enumerate(x.shape) if isinstance(size, int) and size == 1]
+    for axis in chosen:
+        if not isinstance(x.shape[axis], int) and call.module.baked:
+            raise call.error(f"it removes axis {axis}, which counts samples")
+    return torch.squeeze(x, chosen)
+
+
+def _squeeze_known(call: Call, x: Host, axes: Host | None = None) -> Host:
+    chosen = axes_of(call, axes)
+    return Host(np.squeeze(x.array, axis=None if chosen is None else tuple(chosen)), x.dtype)
+
+
+def _unsqueeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
+    chosen = axes_of(call, axes) or []
+    rank = x.dim() + len(chosen)
+    for axis in sorted(axis % rank for axis in chosen):
+        x = torch.unsqueeze(x, axis)
+    return x
+
+
+def _unsqueeze_known(call: Call, x: Host, axes: Host | None = None) -> Host:
+    return Host(np.expand_dims(x.array, tuple(axes_of(call, axes) or [])), x.dtype)
+
+
+def _transpose(call: Call, x: Tensor) -> Tensor:
+    return torch.permute(x, call.ints("perm") or list(reversed(range(x.dim()))))
+
+
+def _transpose_known(call: Call, x: Host) -> Host:
+    return Host(np.transpose(x.array, call.ints("perm")), x.dtype)
+
+
+def _concat(call: Call, *tensors: Tensor) -> Tensor:
+    return torch.cat(tensors, call.int("axis", 1))
+
+
+def _concat_known(call: Call, *parts: Host) -> Host:
+    return Host(np.concatenate([part.array for part in parts], axis=call.int("axis", 1)), parts[0].dtype)
+
+
+def _split_sizes(call: Call, size: Any, split: Host | None) -> list[Any]:
+    given = split.numbers if split is not None else call.ints("split")
+    if given is not None:
+        return given
+    parts = call.int("num_outputs", len(call.step.outputs))
+    each = (size + parts - 1) // parts
+    return [each] * (parts - 1) + [size - each * (parts - 1)]
+
+
+def _split(call: Call, x: Tensor, split: Host | None = None) -> tuple[Tensor, ...]:
+    axis = call.int("axis", 0)
+    return tuple(torch.split(x, _split_sizes(call, x.shape[axis], split), axis))
+
+
+def _split_known(call: Call, x: Host, split: Host | None = None) -> tuple[Host, ...]:
+    axis = call.int("axis", 0)
+    ends = np.cumsum([int(size) for size in _split_sizes(call, x.array.shape[axis], split)])[:-1]
+    return tuple(Host(part, x.dtype) for part in np.split(x.array, ends, axis=axis))
+
+
+def _slices(
+    call: Call, rank: int, starts: Host | None, ends: Host | None, axes: Host | None, steps: Host | None
+) -> list[tuple[int, Any, Any, int]]:
+    """Axis, begin, end and step of each slice."""
+    begin = starts.numbers if starts is not None else call.ints("starts") or []
+    end = ends.numbers if ends is not None else call.ints("ends") or []
+    chosen = axes_of(call, axes) or list(range(len(begin)))
+    by = steps.ints if steps is not None else [1] * len(begin)
+    return [(axis % rank, b, e, s) for axis, b, e, s in zip(chosen, begin, end, by, strict=True)]
+
+
+def _slice(
+    call: Call,
+    x: Tensor,
+    starts: Host | None = None,
+    ends: Host | None = None,
+    axes: Host | None = None,
+    steps: Host | None = None,
+) -> Tensor:
+    for axis, begin, end, step in _slices(call, x.dim(), starts, ends, axes, steps):
+        if step < 0:  # PyTorch steps forwards only
+            size = x.shape[axis]
+            first, behind, _ = slice(begin, end, step).indices(int(size))
+            x = torch.index_select(x, axis, torch.arange(first, behind, step, device=x.device))
+            continue
+        item: list[Any] = [slice(None)] * x.dim()
+        item[axis] = slice(begin, None if isinstance(end, int) and end >= 2**31 - 1 else end, step)
+        x = x[tuple(item)]
+    return x
+
+
+def _slice_known(
+    call: Call,
+    x: Host,
+    starts: Host | None = None,
+    ends: Host | None = None,
+    axes: Host | None = None,
+    steps: Host | None = None,
+) -> Host:
+    item: list[Any] = [slice(None)] * x.array.ndim
+    for axis, begin, end, step in _slices(call, x.array.ndim, starts, ends, axes, steps):
+        item[axis] = slice(int(begin), int(end), step)
+    return Host(x.array[tuple(item)], x.dtype)
+
+
+def _expand(call: Call, x: Tensor, shape: Host) -> Tensor:
+    wanted = shape.numbers
+    rank = max(len(wanted), x.dim())
+    own = [1] * (rank - x.dim()) + list(x.shape)
+    wanted = [1] * (rank - len(wanted)) + wanted
+    # Both may be 1 there, and the other one stretches.
+    sizes = [a if isinstance(b, int) and b == 1 else b for a, b in zip(own, wanted, strict=True)]
+    return x.expand(sizes)
+
+
+def _expand_known(call: Call, x: Host, shape: Host) -> Host:
+    sizes = shape.ints
+    if product(sizes) > LARGEST:
+        raise call.error(f"it makes {product(sizes)} numbers of a shape")
+    return Host(x.array * np.ones(sizes, dtype=object), x.dtype)
+
+
+def _tile(call: Call, x: Tensor, repeats: Host) -> Tensor:
+    return x.repeat(repeats.numbers)
+
+
+def _tile_known(call: Call, x: Host, repeats: Host) -> Host:
+    if x.array.size * product(repeats.ints) > LARGEST:
+        raise call.error("it makes too many numbers of a shape")
+    return Host(np.tile(x.array, repeats.ints), x.dtype)
+
+
+def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
+    axis = call.int("axis", 0)
+    known = call.module.host(call.step.inputs[1], call.values)
+    if known is not None and known.array.ndim == 0:
+        return torch.select(x, axis, known.number)
+    if known is None or any(number < 0 for number in known.numbers):  # they count from the end
+        indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    if axis == 0 and x.dim() == 2 and isinstance(x, torch.nn.Parameter):
+        return F.embedding(indices, x)
+    flat = torch.index_select(x, axis, indices.reshape(-1))
+    at = axis % x.dim()
+    return flat.reshape(list(x.shape[:at]) + list(indices.shape) + list(x.shape[at + 1 :]))
+
+
+def _gather_known(call: Call, x: Host, indices: Host) -> Host:
+    places = np.array(indices.ints, dtype=np.int64).reshape(indices.array.shape)
+    return Host(np.asarray(np.take(x.array, places, axis=call.int("axis", 0)), dtype=object), x.dtype)
+
+
+def _range_known(call: Call, start: Host, limit: Host, delta: Host) -> Any:
+    if start.known and limit.known and delta.known:
+        count = -((start.number - limit.number) // delta.number)
+        if count > LARGEST:
+            raise call.error(f"it counts to {count}")
+        return Host.of([start.number + i * delta.number for i in range(max(int(count), 0))], start.dtype)
+    return torch.arange(start.number, limit.number, delta.number, dtype=start.dtype)
+
+
+def _constant_of_shape(call: Call, shape: Host) -> Any:
+    value = call.attribute("value")
+    fill = value.reshape(-1)[0].item() if isinstance(value, Tensor) else 0.0
+    dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+    sizes = shape.numbers
+    if shape.known and product(sizes) <= 64 and len(sizes) <= 1:
+        return Host(np.full([int(size) for size in sizes], fill, dtype=object), dtype)
+    return torch.full([size if not isinstance(size, bool) else int(size) for size in sizes], fill, dtype=dtype)
+
+
+def _identity(call: Call, x: Any) -> Any:
+    return x
+
+
+def _pad(call: Call, x: Tensor, pads: Host | None = None, value: Any = None, axes: Host | None = None) -> Tensor:
+    sizes = pads.numbers if pads is not None else call.ints("pads") or []
+    chosen = [axis % x.dim() for axis in axes.ints] if axes is not None else list(range(x.dim()))
+    if value is None:
+        value = call.float("value", 0.0)
+    elif isinstance(value, Host):
+        value = value.number
+    before, after = [0] * x.dim(), [0] * x.dim()
+    for axis, low, high in zip(chosen, sizes[: len(chosen)], sizes[len(chosen) :], strict=True):
+        before[axis], after[axis] = low, high
+    mode = call.text("mode", "constant")
+    if mode == "constant":
+        return padded(x, before, after, value)
+    if mode not in ("reflect", "edge", "wrap"):
+        raise call.error(f"its mode is {mode!r}; known are constant, reflect, edge and wrap")
+    return _pad_by_index(x, before, after, mode)
+
+
+def _pad_by_index(x: Tensor, before: Sequence[Any], after: Sequence[Any], mode: str) -> Tensor:
+    """Paddings that repeat what is there; PyTorch's own know the last axes of some ranks only."""
+    changed = [axis for axis in range(x.dim()) if before[axis] or after[axis]]
+    torch_mode = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}[mode]
+    first = min(changed, default=x.dim())
+    last_axes = x.dim() - first
+    if first >= 2 and last_axes <= 3 and x.is_floating_point() and min([*before, *after]) >= 0:
+        spatial = range(2, x.dim())
+        pads = [size for axis in reversed(spatial) for size in (before[axis], after[axis])]
+        return F.pad(x, pads, mode=torch_mode)
+    for axis in changed:
+        size = x.shape[axis]
+        places = torch.arange(-before[axis], size + after[axis], device=x.device)
+        if mode == "edge":
+            places = places.clamp(0, size - 1)
+        elif mode == "wrap":
+            places = places % size
+        else:
+            places = (size - 1) - ((places % (2 * (size - 1))) - (size - 1)).abs() if size > 1 else places * 0
+        x = torch.index_select(x, axis, places)
+    return x
+
+
+def _depth_to_space(call: Call, x: Tensor) -> Tensor:
+    block = call.int("blocksize", 1)
+    if call.text("mode", "DCR") == "CRD":
+        return F.pixel_shuffle(x, block)
+    n, c, h, w = x.shape
+    apart = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return apart.reshape(n, c // block**2, h * block, w * block)
+
+
+def _space_to_depth(call: Call, x: Tensor) -> Tensor:
+    block = call.int("blocksize", 1)
+    n, c, h, w = x.shape
+    apart = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
+    return apart.reshape(n, c * block**2, h // block, w // block)
+
+
+OPERATORS: dict[str, Operator] = {
+    "Shape": Operator(run=_shape, host=_shape_known),
+    "Size": Operator(run=_size),
+    "Reshape": Operator(run=_reshape, host=_reshape_known, static=(1,)),
+    "Flatten": Operator(run=_flatten),
+    "Squeeze": Operator(run=_squeeze, host=_squeeze_known, static=(1,)),
+    "Unsqueeze": Operator(run=_unsqueeze, host=_unsqueeze_known, static=(1,)),
+    "Transpose": Operator(run=_transpose, host=_transpose_known),
+    "Concat": Operator(run=_concat, host=_concat_known),
+    "Split": Operator(run=_split, host=_split_known, static=(1,)),
+    "Slice": Operator(run=_slice, host=_slice_known, static=(1, 2, 3, 4)),
+    "Gather": Operator(run=_gather, host=_gather_known, weights=(0,)),
+    "Expand": Operator(run=_expand, host=_expand_known, static=(1,)),
+    "Tile": Operator(run=_tile, host=_tile_known, static=(1,)),
+    "Range": Operator(host=_range_known),
+    "ConstantOfShape": Operator(host=_constant_of_shape),
+    "Identity": Operator(run=_identity, host=_identity),
+    "Pad": Operator(run=_pad, static=(1, 2, 3)),
+    "DepthToSpace": Operator(run=_depth_to_space),
+    "SpaceToDepth": Operator(run=_space_to_depth),
+}

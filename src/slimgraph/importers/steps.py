@@ -1,0 +1,302 @@
+"""Run a graph that was read from a file, operator by operator, in plain PyTorch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from slimgraph.errors import ModelImportError
+from slimgraph.importers.host import LARGEST, Host, product
+from slimgraph.program.edit import put
+
+Value: TypeAlias = "Tensor | Host | list[Any] | None"
+Handler: TypeAlias = Callable[..., Any]
+
+EVERY = range(2**16)
+"""For `Operator.weights`: constants are weights at every position."""
+
+MOST_ELEMENTS = 2**31
+"""Of one value. A file can ask for more in a few bytes; no network that is trained has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """How an operator of a file is computed.
+
+    `run(call, *inputs)` gets a tensor for each input, None for one that is left out, and a `Host` at the positions in
+    `static`; it returns what its outputs are, in order. Where everything is known while importing, `host(call,
+    *inputs)` is called instead, with a `Host` for each input.
+    """
+
+    run: Handler | None = None
+    static: Sequence[int] = ()
+    """Inputs that have to be known while importing: shapes, axes, paddings."""
+    host: Handler | None = None
+    weights: Sequence[int] = ()
+    """Inputs whose floating-point constants are parameters; others are buffers."""
+    numbers: bool = False
+    """Whether a constant of no axes is given as a Python number, which does not become a tensor of the program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One operator of a graph: what it reads, what it defines, and how it is computed."""
+
+    name: str
+    """The layer."""
+    kind: str
+    """Operator in the words of the file, for messages."""
+    operator: Operator
+    inputs: tuple[str, ...]
+    """"" for one that is left out."""
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 0
+    """Of the operator set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One step while it runs, as its handler sees it."""
+
+    step: Step
+    module: "Interpreted"
+    values: dict[str, Value]
+    """Everything that is defined so far."""
+
+    @property
+    def version(self) -> int:
+        """Of the operator set."""
+        return self.step.version
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute of the operator, or the default where the file leaves it out."""
+        return self.step.attributes.get(name, default)
+
+    def ints(self, name: str, default: Sequence[int] | None = None) -> list[int] | None:
+        """An attribute that is a list of integers; one integer counts as a list of one."""
+        found = self.attribute(name, default)
+        if found is None:
+            return None
+        items = [found] if isinstance(found, int) else list(found)
+        if not all(isinstance(item, int) for item in items):
+            raise self.error(f"its attribute {name!r} is {found!r} instead of integers")
+        return items
+
+    def int(self, name: str, default: int) -> int:
+        """An attribute that is an integer."""
+        found = self.attribute(name, default)
+        if not isinstance(found, int):
+            raise self.error(f"its attribute {name!r} is {found!r} instead of an integer")
+        return found
+
+    def float(self, name: str, default: float) -> float:
+        """An attribute that is a number."""
+        found = self.attribute(name, default)
+        if not isinstance(found, (int, float)):
+            raise self.error(f"its attribute {name!r} is {found!r} instead of a number")
+        return float(found)
+
+    def text(self, name: str, default: str) -> str:
+        """An attribute that is a word."""
+        found = self.attribute(name, default)
+        if not isinstance(found, str):
+            raise self.error(f"its attribute {name!r} is {found!r} instead of a word")
+        return found
+
+    def reads(self, name: str) -> bool:
+        """Whether anything reads the output `name`; "" is an output that is left out."""
+        return bool(name) and name in self.module.read
+
+    def error(self, reason: str) -> ModelImportError:
+        """An error about this step."""
+        return ModelImportError(f"{describe(self.step)} cannot be imported: {reason}.")
+
+
+def describe(step: Step) -> str:
+    """The step in a message."""
+    version = f" of version {step.version}" if step.version else ""
+    return f"The operator {step.kind}{version} at {step.name!r}"
+
+
+class Interpreted(nn.Module):
+    """A graph of a file as a module: stored tensors under their names in the file, and steps that run in order.
+
+    Args:
+        inputs, outputs: names of values.
+        tensors: what the file stores, by value name.
+        baked: whether the file fixes the number of samples at 1, while the module is called with any number: reshapes
+            to constant sizes then mean the sizes of one sample. Right for networks that treat samples one by one, which
+            has to be checked.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        *,
+        baked: bool = False,
+    ) -> None:
+        super().__init__()
+        self.steps, self.inputs, self.outputs = tuple(steps), tuple(inputs), tuple(outputs)
+        self.baked = baked
+        self.batch: Any = 1
+        """Number of samples of the call that is running."""
+        self.read = {name for step in steps for name in step.inputs} | set(outputs)
+        self._hosts = {name: Host.read(t) for name, t in tensors.items() if t.numel() <= LARGEST and _small(t)}
+        self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
+        self._paths: dict[str, str] = {}
+        self._paths |= store(self, {name: t for name, t in tensors.items() if name in self.read}, _trained(steps))
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Outputs by name."""
+        self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+        values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
+        self.run(self.steps, values)
+        return {name: mark(self.tensor(name, values), "", name) for name in self.outputs}
+
+    def run(self, steps: Sequence[Step], values: dict[str, Value]) -> None:
+        """Compute the steps, reading from and adding to `values`."""
+        for step in steps:
+            results = self._result(step, values)
+            for name, result in zip(step.outputs, results, strict=False):
+                if name:
+                    values[name] = mark(result, step.name, name) if isinstance(result, Tensor) else result
+
+    def _result(self, step: Step, values: dict[str, Value]) -> Sequence[Value]:
+        call = Call(step, self, values)
+        operator = step.operator
+        try:
+            if operator.host is not None and self._is_host(step, values):
+                result = operator.host(call, *(self.host(name, values) for name in step.inputs))
+            elif operator.run is not None:
+                result = operator.run(call, *(self._given(call, i, name) for i, name in enumerate(step.inputs)))
+            else:
+                raise call.error("it works on sizes only, and gets values that are known only when the model runs")
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelImportError(f"{describe(step)} cannot be imported: {reason}") from error
+        results = list(result) if isinstance(result, tuple) else [result]
+        for value in results:
+            _check_size(call, value)
+        return results
+
+    def _is_host(self, step: Step, values: Mapping[str, Value]) -> bool:
+        """Whether all inputs are known, and not all of them floating-point constants, which belong to the program."""
+        given = [name for name in step.inputs if name]
+        if not all(self.host(name, values) is not None for name in given):
+            return False
+        return not given or any(name not in self._paths or name not in self._floating for name in given)
+
+    def host(self, name: str, values: Mapping[str, Value]) -> Host | None:
+        """The value as known while importing; None where it is not, or is left out."""
+        value = values.get(name)
+        return value if isinstance(value, Host) else self._hosts.get(name) if value is None else None
+
+    def tensor(self, name: str, values: Mapping[str, Value]) -> Any:
+        """The value as a tensor of the program; a sequence stays what it is, "" is None."""
+        if not name:
+            return None
+        value = values.get(name)
+        if isinstance(value, Host):
+            return value.tensor()
+        if value is not None:
+            return value
+        if name not in self._paths:
+            raise ModelImportError(f"The value {name!r} is read, but nothing defines it.")
+        return self.get_parameter_or_buffer(name)
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        """The stored tensor of a name in the file."""
+        path, _, attribute = self._paths[name].rpartition(".")
+        found = getattr(self.get_submodule(path), attribute)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _given(self, call: Call, index: int, name: str) -> Any:
+        operator, values = call.step.operator, call.values
+        if not name:
+            return None
+        if index in operator.static:
+            known = self.host(name, values)
+            if known is None:
+                raise call.error(
+                    f"its input {name!r} is computed from data, and a shape must not depend on what the inputs hold"
+                )
+            return known
+        known = self._hosts.get(name)
+        if operator.numbers and known is not None and name not in values and known.array.ndim == 0:
+            return known.number
+        return self.tensor(name, values)
+
+
+def _small(tensor: Tensor) -> bool:
+    """Whether it can be a shape, a list of axes, scales, or an index: what is asked for while importing."""
+    return tensor.dim() <= 1 or not tensor.is_floating_point()
+
+
+def _trained(steps: Sequence[Step]) -> set[str]:
+    """Values that are weights of all the steps that read them."""
+    weights = {name for step in steps for i, name in enumerate(step.inputs) if i in step.operator.weights}
+    others = {name for step in steps for i, name in enumerate(step.inputs) if i not in step.operator.weights}
+    return weights - others
+
+
+_ATTRIBUTES = frozenset(dir(nn.Module()))
+
+
+def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -> dict[str, str]:
+    """Keep tensors in a module under their names, where a dot is a level; returns the path of each.
+
+    A name that would be a level of another one (`a` beside `a.b`), or an attribute of modules, gets an underscore.
+    """
+    levels = {name[:i] for name in tensors for i, sign in enumerate(name) if sign == "."}
+    taken: set[str] = set()
+    paths = {}
+    for name, tensor in tensors.items():
+        path = ".".join(f"{part}_" if not part or part in _ATTRIBUTES else part for part in name.split("."))
+        while path in levels or path in taken or (path.count(".") == 0 and path in module.__dict__):
+            path += "_"
+        taken.add(path)
+        is_weight = name in trained and tensor.is_floating_point() and tensor.numel() > 1
+        put(module, path, nn.Parameter(tensor) if is_weight else tensor)
+        paths[name] = path
+    return paths
+
+
+def _check_size(call: Call, value: Value) -> None:
+    if not isinstance(value, (Tensor, Host)):
+        return
+    elements = product([_hint(size) for size in (value.shape if isinstance(value, Tensor) else value.array.shape)])
+    most = MOST_ELEMENTS if isinstance(value, Tensor) else LARGEST
+    if elements > most:
+        raise call.error(f"its result would have {elements} elements, more than the {most} that are allowed")
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) and size.node.has_hint() else int(size)
+
+
+# While a graph is traced, an operator of ours carries the names of values through torch.export; `trace` takes it out.
+
+
+@torch.library.custom_op("slimgraph::named", mutates_args=())
+def _named(x: Tensor, layer: str, value: str) -> Tensor:
+    return x.clone()
+
+
+@_named.register_fake
+def _(x: Tensor, layer: str, value: str) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+MARK = torch.ops.slimgraph.named.default
+
+
+def mark(x: Tensor, layer: str, value: str) -> Tensor:
+    """`x` with its names, while it is exported; else `x`."""
+    return torch.ops.slimgraph.named(x, layer, value) if torch.compiler.is_exporting() else x
