@@ -38,6 +38,10 @@ def _flat_linear(node: fx.Node) -> None:
     value = node.meta.get("val")
     if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or value is None or value.dim() <= 2:
         return
+    if (
+        source.args[-1] is torch.int8
+    ):  # ONNX Runtime 1.32 cannot load these with a Reshape in front (docs/onnxruntime.md)
+        return
     graph = node.graph
     name, layer = value_of(node), layer_of(node)
     with graph.inserting_before(node):
