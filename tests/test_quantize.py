@@ -100,6 +100,96 @@ def test_targets_differ_where_their_runtimes_do():
     assert {w.scheme.bits for w in plan_quantization(program, target="onnxruntime-avx2").weights} == {7}
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+def test_what_moves_the_output_of_a_layer_has_the_scale_of_that_output(target):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.two(nn.functional.max_pool2d(self.one(x), 2))
+
+    plan = plan_quantization(capture(Pooled(), torch.zeros(1, 3, 8, 8)), target=target)
+    owners = {a.value: a.range_of for a in plan.activations}
+    assert owners == {"x": "x", "one": "one", "max_pool2d_0": "one"}
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [("tensorrt", "DotProductAttention"), ("openvino", "DotProductAttention"), ("simulate", "TransformerBlock")],
+)
+def test_attention_is_as_good_in_integers_for_every_target_and_can_be_run(target, name, tmp_path):
+    program = captured(name).eval()
+    quantized = quantize(program, calibration=batches(name), target=target)
+    inputs = positional(name, 8)
+    assert snr_db(first(program(*inputs)), first(quantized(*inputs))) > 25
+    export_onnx(quantized, tmp_path / "model.onnx")
+    check = check_export(quantized, tmp_path / "model.onnx", inputs)
+    assert check.largest_code_difference <= 1
+
+
+PRODUCT = "attention/scaled_dot_product_attention_0"
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "openvino", "simulate"])
+def test_products_inside_attention_read_integers(target):
+    plan = plan_quantization(prepare(captured("TransformerBlock"), target=target), target=target)
+    values = {a.value: a for a in plan.activations}
+    assert {f"{PRODUCT}/transposed", f"{PRODUCT}/probabilities", "attention/view_3"} <= values.keys()
+    assert not plan.kept_float
+    fixed = {name: a.known_range for name, a in values.items() if a.known_range is not None}
+    # TensorRT and OpenVINO compute softmax in float, and what it gives has a range that is measured.
+    assert fixed == ({f"{PRODUCT}/probabilities": (0.0, 255 / 256)} if target == "simulate" else {})
+
+
+def test_attention_stays_one_operator_where_the_target_does_not_compute_it():
+    program = prepare(captured("TransformerBlock"))
+    assert [n for n in program.values if n.startswith(PRODUCT)] == [PRODUCT]
+    assert PRODUCT in plan_quantization(program, target="tensorrt").kept_float  # and whoever forgot to say so is told
+
+
+class Softmaxes(nn.Module):
+    """A softmax between integers, as in attention over channels; and a masked one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        gate = torch.softmax(self.gate(x), dim=1)
+        masked = torch.softmax(torch.where(x > 0, x, -torch.inf).view(-1, 3, 64).transpose(1, 2) * 2.0, dim=1)
+        return self.head(self.conv(x) * gate), masked @ x.flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("target", "scale", "zero_point"),
+    [("simulate", 1 / 256, -128), ("mobile", 1 / 256, 0)],  # as TensorFlow Lite and ONNX Runtime want it
+)
+def test_an_integer_softmax_writes_steps_of_one_256th_without_calibration(target, scale, zero_point, tmp_path):
+    torch.manual_seed(0)
+    images = [torch.randn(16, 3, 8, 8)]
+    program = capture(Softmaxes(), images[0])
+    prepared = prepare(program, target=target)
+    plan = plan_quantization(prepared, target=target)
+    assert "softmax_0" not in values_to_observe(plan)
+    made = quantize_with_record(prepared, plan, images)
+    quantizer = made.program.value("softmax_0/quantized")
+    assert quantizer.args[1:3] == (scale, zero_point)
+    assert made.plan.ranges["softmax_0"] == (0.0, 255 / 256)
+    assert "softmax_1" not in {a.value for a in made.plan.activations if a.known_range is not None}
+    export_onnx(made.program, tmp_path / "model.onnx")
+    assert check_export(made.program, tmp_path / "model.onnx", images[0]).largest_code_difference <= 1
+
+
+def test_the_probabilities_of_narrow_codes_have_narrow_codes_too():
+    plan = plan_quantization(
+        prepare(captured("TransformerBlock"), target="simulate"), target="simulate", activation_bits=4
+    )
+    (softmax,) = [a for a in plan.activations if a.known_range is not None]
+    assert (softmax.scheme.code_range, softmax.known_range) == ((-8, 7), (0.0, 15 / 16))
+
+
 HASWELL = Processor(name="Haswell", architecture="x86_64", features=("avx2",))
 ZEN_4 = Processor(name="Zen 4", architecture="x86_64", features=("avx2", "avx512", "avx512_vnni"))
 GRAVITON = Processor(name="Graviton", architecture="arm64", features=("dotprod", "neon"))

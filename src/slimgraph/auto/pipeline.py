@@ -148,7 +148,7 @@ def compress(
     calibration = open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
     _try_out(program, calibration, evaluation, metric, float_reference)
-    original = prepare(program)
+    original = prepare(program, target=resolved)
     plan = plan_quantization(original, target=resolved, skip=skip)
     if dry_run:
         return plan

@@ -11,7 +11,7 @@ from slimgraph.program.scheme import IntScheme
 # Kinds of operators, as the documents of the runtimes speak of them; `quantization.operators` says which ATen operators
 # each one is.
 CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL = "convolution", "transposed_convolution", "linear", "matmul"
-ADD, MULTIPLY, CONCAT = "add", "multiply", "concat"
+ADD, MULTIPLY, CONCAT, SOFTMAX = "add", "multiply", "concat", "softmax"
 MAX_POOL, AVERAGE_POOL, GLOBAL_AVERAGE_POOL, RESHAPE = "max_pool", "average_pool", "global_average_pool", "reshape"
 
 
@@ -41,6 +41,25 @@ class Target:
     """Inputs and output of a concatenation have one scale, so that it is a copy."""
     drops_activations: bool = True
     """An activation function that the quantizer's range performs (ReLU, ReLU6) is left out, since it blocks fusion."""
+
+    @property
+    def computes_attention(self) -> bool:
+        """Whether the products of two activations inside of attention run in integers."""
+        return MATMUL in self.anchors
+
+    @property
+    def probability(self) -> IntScheme:
+        """Grid of what an integer softmax writes: all codes from zero on, since nothing is negative."""
+        return replace(self.activation, symmetric=False)
+
+    @property
+    def probability_range(self) -> tuple[float, float]:
+        """From zero in steps of 2^-bits: 1/256 for 8 bits, and the highest code is 255/256.
+
+        TensorFlow Lite's specification wants this grid (zero point -128 for int8), since fixed-point arithmetic then
+        divides by shifting; ONNX Runtime's integer softmax computes exactly on it, and not on 1/255.
+        """
+        return (0.0, 1.0 - 2.0**-self.activation.bits)
 
 
 _MOVES = frozenset({MAX_POOL, RESHAPE})
@@ -78,7 +97,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             weight=_WEIGHT,
             integer_bias=False,
             # Products of two activations are in integers: both factors get a quantizer, one of them behind the softmax,
-            # which itself stays float.
+            # which itself stays float: TensorRT has none in integers, and fuses attention that is quantized like this.
             anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
             joins=frozenset({ADD}),
             passing=_MOVES | {AVERAGE_POOL},
@@ -99,7 +118,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "mobile": replace(
             _ONNXRUNTIME,
             name="mobile",
-            summary="ONNX Runtime Mobile on Arm, as an .ort file: as onnxruntime.",
+            summary="ONNX Runtime Mobile on Arm, as an .ort file: as onnxruntime, and softmax between integers.",
+            joins=_ONNXRUNTIME.joins | {SOFTMAX},
         ),
         "simulate": Target(
             name="simulate",
@@ -107,7 +127,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             activation=_INT8,
             weight=_WEIGHT,
             integer_bias=False,
-            anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
+            anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL, SOFTMAX}),
+            output_quantized=frozenset({SOFTMAX}),
             drops_activations=False,
             concat_shares_scale=False,
         ),

@@ -31,6 +31,8 @@ KIND_OF: Mapping[Any, str] = MappingProxyType(
         aten.add.Tensor: kinds.ADD,
         aten.mul.Tensor: kinds.MULTIPLY,
         aten.cat.default: kinds.CONCAT,
+        aten.softmax.int: kinds.SOFTMAX,
+        aten._softmax.default: kinds.SOFTMAX,
         aten.max_pool2d.default: kinds.MAX_POOL,
         aten.avg_pool2d.default: kinds.AVERAGE_POOL,
         aten.adaptive_avg_pool2d.default: kinds.GLOBAL_AVERAGE_POOL,
@@ -60,6 +62,16 @@ KIND_OF: Mapping[Any, str] = MappingProxyType(
 
 # Functions that a range with its lowest code at zero performs by saturating, and the value above which they cut.
 _RECTIFIERS = MappingProxyType({aten.relu.default: None, aten.relu6.default: 6.0})
+
+_MASKS = (
+    aten.add.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)
+_SCALINGS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
@@ -124,6 +136,19 @@ def read_through_padding(node: fx.Node) -> Any:
     ):
         return source.args[0] if _pads_with_zero(source) else source
     return source
+
+
+def is_fused_attention(node: fx.Node) -> bool:
+    """Whether two products of activations, and the softmax between them, are one operator."""
+    return node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default
+
+
+def reads_mask(softmax: fx.Node) -> bool:
+    """Whether something is added to, or filled into, what a softmax reads: a mask is infinite, or nearly so."""
+    source = softmax.args[0]
+    while isinstance(source, fx.Node) and (source.target in _SCALINGS or KIND_OF.get(source.target) == kinds.RESHAPE):
+        source = source.args[0]
+    return isinstance(source, fx.Node) and source.target in _MASKS
 
 
 def weight_of(program: Program, node: fx.Node) -> str | None:

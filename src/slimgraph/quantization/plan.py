@@ -18,8 +18,10 @@ from slimgraph.program.select import select
 from slimgraph.quantization.operators import (
     WEIGHT_AXIS,
     data_inputs,
+    is_fused_attention,
     kind_of,
     pools_whole_images,
+    reads_mask,
     rectified_range,
     weight_of,
 )
@@ -36,6 +38,8 @@ class ActivationQuantizer:
     """Everything that reads the value reads the quantized one; otherwise only the operators that run in integers."""
     range_of: str
     """The value whose range sets the scale: itself, or the one with which it shares a scale."""
+    known_range: tuple[float, float] | None = None
+    """The range where no data are needed to know it: that of a softmax in integers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +84,22 @@ class QuantizationPlan:
         return "\n".join(lines)
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> "QuantizationPlan":
-        """The plan with measured ranges."""
-        missing = sorted({a.range_of for a in self.activations} - ranges.keys())
+        """The plan with measured ranges, beside those that need no measuring."""
+        known = {a.value: a.known_range for a in self.activations if a.known_range is not None}
+        missing = sorted({a.range_of for a in self.activations} - ranges.keys() - known.keys())
         if missing:
             raise ConfigError(f"The ranges lack {len(missing)} values, the first is {missing[0]!r}.")
-        return replace(self, ranges=dict(ranges))
+        return replace(self, ranges={**ranges, **known})
 
     @property
     def range_owners(self) -> tuple[str, ...]:
         """Values whose statistics set the scales; each covers the values that share its scale."""
-        return tuple(dict.fromkeys(quantizer.range_of for quantizer in self.activations))
+        known = {quantizer.value for quantizer in self.activations if quantizer.known_range is not None}
+        owners = dict.fromkeys(quantizer.range_of for quantizer in self.activations)
+        return tuple(name for name in owners if name not in known)
 
     def to_json(self) -> str:
-        """The plan as JSON text, which `plan_from_json` reads."""
+        """The plan as JSON text."""
 
         def scheme(s: IntScheme) -> Json:
             return {"bits": s.bits, "signed": s.signed, "symmetric": s.symmetric, "narrow": s.narrow, "axis": s.axis}
@@ -101,7 +108,13 @@ class QuantizationPlan:
             {
                 "target": self.target,
                 "activations": [
-                    {"value": a.value, "scheme": scheme(a.scheme), "everywhere": a.everywhere, "range_of": a.range_of}
+                    {
+                        "value": a.value,
+                        "scheme": scheme(a.scheme),
+                        "everywhere": a.everywhere,
+                        "range_of": a.range_of,
+                        "known_range": None if a.known_range is None else list(a.known_range),
+                    }
                     for a in self.activations
                 ],
                 "weights": [
@@ -205,6 +218,9 @@ class _Placement:
     # What is worth computing in integers
 
     def _is_anchor(self, node: fx.Node) -> bool:
+        if self.target.computes_attention and is_fused_attention(node):
+            self.kept_float[value_of(node)] = "it is one operator; `prepare` for this target spells it out"
+            return False
         kind = kind_of(node)
         if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
             return False
@@ -215,6 +231,8 @@ class _Placement:
             self.kept_float[name] = f"{self.target.name} has no integer kernel for a {kind.replace('_', ' ')}"
         elif kind in WEIGHT_AXIS and weight_of(self.program, node) is None:
             self.kept_float[name] = "its weight is computed in the graph"
+        elif kind == kinds.SOFTMAX and reads_mask(node):
+            self.kept_float[name] = "what masks it may be infinite"
         elif kind == kinds.MATMUL and len(data_inputs(self.program, node)) < 2:
             self.kept_float[name] = "one side is a constant"
         elif not data_inputs(self.program, node):
@@ -249,7 +267,8 @@ class _Placement:
 
     def _try_join(self, node: fx.Node, kind: str) -> None:
         sources = data_inputs(self.program, node)
-        wanted = len(node.args[0]) if kind == kinds.CONCAT else 1 if kind == kinds.GLOBAL_AVERAGE_POOL else 2  # type: ignore[arg-type]
+        alone = kind in (kinds.GLOBAL_AVERAGE_POOL, kinds.SOFTMAX)
+        wanted = len(node.args[0]) if kind == kinds.CONCAT else 1 if alone else 2  # type: ignore[arg-type]
         if len(sources) != wanted:
             return  # a constant side would need integers of its own
         if kind == kinds.GLOBAL_AVERAGE_POOL and not pools_whole_images(node):
@@ -263,7 +282,9 @@ class _Placement:
             and self._feeds_integers(node)
         ):
             return
-        if kind in (kinds.CONCAT, kinds.GLOBAL_AVERAGE_POOL) and not self._feeds_integers(node):
+        if kind == kinds.SOFTMAX and reads_mask(node):
+            return
+        if (alone or kind == kinds.CONCAT) and not self._feeds_integers(node):
             return
         carrier = self._carrier(node)
         self.integer.add(node)
@@ -297,7 +318,9 @@ class _Placement:
             self.integer.add(node)
             if isinstance(node.meta.get("val"), torch.Tensor):
                 self.quantized.add(node)
-                self.shares[node] = source if source in self.quantized else source.args[0]  # type: ignore[assignment]
+                # Of several results the one scale is that of what was taken apart.
+                several = not isinstance(source.meta.get("val"), torch.Tensor)
+                self.shares[node] = source.args[0] if several else source  # type: ignore[assignment]
 
     def _feeds_integers(self, node: fx.Node) -> bool:
         """Whether an integer operator reads the value, directly or through operators that could be integer too."""
@@ -317,15 +340,7 @@ class _Placement:
 
     def _written(self) -> QuantizationPlan:
         quantized = [node for node in self.nodes if node in self.quantized or node in self.branch]
-        activations = tuple(
-            ActivationQuantizer(
-                value=value_of(node),
-                scheme=self.target.activation,
-                everywhere=node in self.quantized,
-                range_of=value_of(self._owner(node)),
-            )
-            for node in quantized
-        )
+        activations = tuple(map(self._activation, quantized))
         weights = tuple(self._weight(node) for node in self.anchors if kind_of(node) in WEIGHT_AXIS)
         droppable = {
             node: top
@@ -339,6 +354,17 @@ class _Placement:
             consumers={value_of(node): tuple(map(value_of, readers)) for node, readers in self.branch.items()},
             rectifiers={value_of(node): top for node, top in droppable.items()},
             kept_float=self.kept_float,
+        )
+
+    def _activation(self, node: fx.Node) -> ActivationQuantizer:
+        owner = self._owner(node)
+        is_probability = owner in self.integer and kind_of(owner) == kinds.SOFTMAX
+        return ActivationQuantizer(
+            value=value_of(node),
+            scheme=self.target.probability if is_probability else self.target.activation,
+            everywhere=node in self.quantized,
+            range_of=value_of(owner),
+            known_range=self.target.probability_range if is_probability and owner is node else None,
         )
 
     def _owner(self, node: fx.Node) -> fx.Node:

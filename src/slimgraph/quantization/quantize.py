@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from slimgraph.deploy.targets import Target, resolved_target
+from slimgraph.deploy.targets import Target, resolved_target, target_named
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.program import Program
 from slimgraph.program.simplify import remove_dropout
+from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
@@ -18,9 +19,18 @@ from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM
 from slimgraph.quantization.statistics import ValueStatistics
 
 
-def prepare(program: Program) -> Program:
-    """The program as quantizers want it: batch norms folded, dropout gone."""
-    return remove_dropout(fold_batch_norm(program))
+def prepare(program: Program, *, target: str | Target = "onnxruntime") -> Program:
+    """The program as quantizers want it: batch norms folded, dropout gone.
+
+    For a target that computes attention in integers it is spelled out, so that quantizers can stand inside; for every
+    other one it stays the one operator that runtimes are fastest with.
+
+    Raises:
+        UnknownNameError: there is no such target.
+    """
+    chosen = target_named(target) if isinstance(target, str) else target
+    spelled = spell_out_attention(program) if chosen.computes_attention else program
+    return remove_dropout(fold_batch_norm(spelled))
 
 
 def quantize(
@@ -59,10 +69,11 @@ def quantize(
     >>> quantize(program, calibration=[torch.randn(8, 4)]).state_dict()["weight"].dtype
     torch.int8
     """
-    prepared = prepare(program)
+    chosen = resolved_target(target) if isinstance(target, str) else target
+    prepared = prepare(program, target=chosen)
     plan = plan_quantization(
         prepared,
-        target=resolved_target(target) if isinstance(target, str) else target,
+        target=chosen,
         skip=skip,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
