@@ -16,7 +16,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, Tenso
 
 from slimgraph.errors import ModelImportError
 from slimgraph.importers.onnx.graph import Attribute, Graph, Node, Value
-from slimgraph.importers.onnx.names import Names, safe, shown, text
+from slimgraph.importers.onnx.names import Names, domain, safe, shown, text
 from slimgraph.importers.onnx.tensors import TensorReader, checked_shape, element, type_name
 
 Constant: TypeAlias = TensorProto | SparseTensorProto | AttributeProto
@@ -278,12 +278,6 @@ class Assembler:
             else:
                 shape.append(self._axes.of(dim.dim_param) or None)
         return Value(name=name, dtype=dtype, shape=tuple(shape))
-
-
-def domain(raw: str) -> str:
-    """The domain of an operator; the standard one has two names."""
-    name = safe(raw)
-    return "" if name == "ai.onnx" else name
 
 
 def _is_constant(node: NodeProto) -> bool:

@@ -60,10 +60,12 @@ class Files:
         return path, offset
 
     def _resolved(self, location: str, name: str) -> Path:
-        refused = f"The data of {shown(name)} is said to be in {shown(location)}"
+        refused = f"the data of {shown(name)} is said to be in {shown(location)}"
         parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
         absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
-        if self._folder is None or not location:
+        if not location:
+            raise ModelImportError(f"the data of {shown(name)} is in another file, but it does not say in which.")
+        if self._folder is None:
             raise ModelImportError(f"{refused}, but there is no folder to look in. Read the model from its file.")
         if absolute or ".." in parts or "\0" in location:
             raise ModelImportError(f"{refused}, outside the model's folder. Only files in the folder are read.")
@@ -101,7 +103,7 @@ def _unreadable(path: Path, error: OSError) -> ModelImportError:
 def read_bytes(path: Path, offset: int, size: int) -> torch.Tensor:
     """So many bytes of a file as a tensor of uint8, read into place."""
     content = torch.empty(size, dtype=torch.uint8)
-    view, done = memoryview(content.numpy()), 0
+    view, done = content.numpy().data, 0
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)

@@ -28,12 +28,19 @@ def shown(raw: str | bytes, limit: int = 100) -> str:
     return f"'{name}'" if len(name) <= limit else f"'{name[:limit]}…'"
 
 
+def domain(raw: str | bytes) -> str:
+    """The domain of an operator; the standard one has two names."""
+    name = safe(raw)
+    return "" if name == "ai.onnx" else name
+
+
 class Names:
     """Safe names for the raw ones of a file, the same each time; two raw names never become one."""
 
     def __init__(self) -> None:
         self._given: dict[str | bytes, str] = {"": ""}
         self._taken: set[str] = {""}
+        self._counts: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._taken
@@ -46,9 +53,9 @@ class Names:
 
     def new(self, wanted: str) -> str:
         """`wanted`, or the first of `wanted_1`, `wanted_2`, … that is free; it is taken from then on."""
-        name, count = wanted or "_", 0
+        name = wanted = wanted or "_"
         while name in self._taken:
-            count += 1
+            self._counts[wanted] = count = self._counts.get(wanted, 0) + 1
             name = f"{wanted}_{count}"
         self._taken.add(name)
         return name

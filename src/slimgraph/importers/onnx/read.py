@@ -9,11 +9,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
 from slimgraph.errors import ModelImportError
-from slimgraph.importers.onnx.assemble import Assembler, domain
+from slimgraph.importers.onnx.assemble import Assembler
 from slimgraph.importers.onnx.external import Files
-from slimgraph.importers.onnx.functions import inlined
+from slimgraph.importers.onnx.functions import inline_functions
 from slimgraph.importers.onnx.graph import Graph, Model
-from slimgraph.importers.onnx.names import safe, shown
+from slimgraph.importers.onnx.names import domain, safe, shown
 from slimgraph.importers.onnx.tensors import TensorReader
 from slimgraph.importers.onnx.wire import without_weights
 
@@ -45,6 +45,8 @@ def read_model(path: str | os.PathLike[str]) -> Model:
         return _model(proto, Files(file.parent, own=file), file.stat().st_size)
     except ModelImportError as error:
         raise ModelImportError(f"{os.fspath(path)} cannot be imported: {error}") from error
+    except OSError as error:
+        raise ModelImportError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
 
 
 def parse_model(proto: ModelProto, *, folder: Path | None) -> Model:
@@ -56,6 +58,9 @@ def parse_model(proto: ModelProto, *, folder: Path | None) -> Model:
     Raises:
         ModelImportError: the model contradicts itself, or external data are missing.
     """
+    if proto.functions:
+        original, proto = proto, ModelProto()
+        proto.CopyFrom(original)
     return _model(proto, Files(folder), proto.ByteSize())
 
 
@@ -67,15 +72,15 @@ def _parsed(file: Path) -> ModelProto:
         raise ModelImportError("there is no such file.")
     if not file.is_file():
         raise ModelImportError("this is no file, but a device or a pipe.")
-    try:
-        with open(file, "rb") as opened:
-            if not file.stat().st_size:
-                raise ModelImportError("the file is empty.")
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-                _require_onnx(bytes(content[:32]))
-                slim = without_weights(content)
-    except OSError as error:
-        raise ModelImportError(f"it cannot be read: {error.strerror}.") from error
+    if not file.stat().st_size:
+        raise ModelImportError("the file is empty.")
+    with (
+        open(file, "rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as content,
+    ):
+        _require_onnx(bytes(content[:32]))
+        slim = without_weights(content)
     try:
         return onnx.load_model_from_string(slim)
     except DecodeError as error:
@@ -91,6 +96,7 @@ def _require_onnx(head: bytes) -> None:
 
 
 def _model(proto: ModelProto, files: Files, size: int) -> Model:
+    """The model in a proto, whose functions are put in place."""
     if not proto.HasField("graph"):
         raise ModelImportError("there is no graph in it. Is it an ONNX model?")
     if not 1 <= proto.ir_version <= onnx.IR_VERSION:
@@ -98,8 +104,9 @@ def _model(proto: ModelProto, files: Files, size: int) -> Model:
             f"it is in version {proto.ir_version} of the ONNX format, and onnx {onnx.__version__} knows 1 to "
             f"{onnx.IR_VERSION}. If it is newer, update the package `onnx`; otherwise it is damaged."
         )
+    inline_functions(proto)
     versions = _versions(proto)
-    graph = Assembler(TensorReader(files, size)).graph(inlined(proto).graph)
+    graph = Assembler(TensorReader(files, size)).graph(proto.graph)
     used = {name for name in _domains(graph) if name not in versions}
     if "" in used:
         raise ModelImportError("it does not say which version of the standard operators it uses (no opset import).")
