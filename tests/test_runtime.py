@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from onnx import TensorProto, helper
 
 from onnx_models import Graph, float_conv, integer_conv, save_with_external_data
-from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.deploy.onnx_file import read_onnx
+from slimgraph.deploy.runtime import OnnxModel, RunOptions, create_session
 from slimgraph.errors import ConfigError, DataError, ModelLoadError
 
 
@@ -83,6 +84,43 @@ def test_other_floating_types_go_in_and_come_out(onnx_type, dtype, array_type):
     assert model.inputs[0].dtype == dtype
     assert y.dtype == array_type
     assert_array_equal(y, [[1, 4, 0.25]])
+
+
+def casting(dtype):
+    """Float input and output, computed in another type in between."""
+    graph = Graph()
+    x = graph.op("Cast", graph.input("batch", 3), to=dtype)
+    return graph.bytes(graph.op("Cast", graph.op("Add", x, x), to=TensorProto.FLOAT))
+
+
+def widened(dtype):
+    """An input of that type, computed in float."""
+    graph = Graph()
+    return graph.bytes(graph.op("Cast", graph.input("batch", 3, dtype=dtype), to=TensorProto.FLOAT))
+
+
+def weighted(dtype):
+    """A constant of that type, and a float input."""
+    graph = Graph()
+    weight = graph.op("Cast", graph.constant(np.ones(3, dtype)), to=TensorProto.FLOAT)
+    return graph.bytes(graph.op("Add", graph.input("batch", 3), weight))
+
+
+@pytest.mark.parametrize(("source", "optimize", "level"), [
+    (scaled(), True, "ENABLE_ALL"),
+    (casting(TensorProto.INT32), True, "ENABLE_ALL"),
+    (weighted(np.float64), True, "ENABLE_ALL"),
+    (scaled(TensorProto.FLOAT16), True, "ENABLE_EXTENDED"),  # at the highest level some crash the process
+    (widened(TensorProto.BFLOAT16), True, "ENABLE_EXTENDED"),
+    (casting(TensorProto.FLOAT16), True, "ENABLE_EXTENDED"),
+    (weighted(np.float16), True, "ENABLE_EXTENDED"),
+    (scaled(TensorProto.FLOAT16), "all", "ENABLE_ALL"),  # who asks for it gets it
+    (scaled(TensorProto.FLOAT16), False, "DISABLE_ALL"),
+])  # fmt: skip
+def test_models_that_hold_halves_are_not_optimized_at_the_highest_level(source, optimize, level):
+    session = create_session(source, read_onnx(source), RunOptions(optimize=optimize))
+    used = session.get_session_options().graph_optimization_level
+    assert used.name == f"ORT_{level}"
 
 
 def test_float32_data_are_rounded_for_a_half_precision_model():

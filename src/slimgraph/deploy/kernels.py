@@ -107,7 +107,7 @@ def optimized_model(source: Source) -> onnx.ModelProto:
     """
     with tempfile.TemporaryDirectory(prefix="slimgraph-") as folder:
         path = Path(folder) / "optimized.onnx"
-        create_session(source, RunOptions(threads=1), optimized_path=path)
+        create_session(source, read_onnx(source), RunOptions(threads=1), optimized_path=path)
         return onnx.load_model(path, load_external_data=False)
 
 

@@ -77,6 +77,24 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from (sparse.values, sparse.indices)
 
 
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def holds_halves(model: onnx.ModelProto) -> bool:
+    """Whether float16 or bfloat16 stands at the beginning of anything: an input, a constant, or a cast."""
+    return (
+        any(value.type.tensor_type.elem_type in _HALVES for value in model.graph.input)
+        or any(tensor.data_type in _HALVES for tensor in _tensors(model))
+        or any(
+            attribute.name == "to" and attribute.i in _HALVES
+            for graph in graphs(model)
+            for node in graph.node
+            if node.op_type == "Cast"
+            for attribute in node.attribute
+        )
+    )
+
+
 def _inside(location: str, folders: tuple[Path, ...]) -> Path | None:
     # A model that came as a link, with its data as a link beside it, has both targets in one folder (download caches
     # do this); so the folder of the link and that of its target are both the model's.

@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _bindings
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from slimgraph.deploy.onnx_file import Source, read_onnx, source_name
+from slimgraph.deploy.onnx_file import Source, holds_halves, read_onnx, source_name
 from slimgraph.errors import ConfigError, DataError, ModelLoadError, closest
 from slimgraph.program.signature import Signature, TensorSpec
 
@@ -75,7 +75,11 @@ class RunOptions:
     threads: int = 0
     """Threads within an operator; 0 leaves the number to ONNX Runtime, which takes one for each core."""
     optimize: bool | Level = True
-    """Graph optimizations: all, none, or a level of ONNX Runtime's."""
+    """Graph optimizations: as many as are safe, none, or a level of ONNX Runtime's.
+
+    Safe are all, but "extended" for a model that holds float16 or bfloat16: the highest level of ONNX Runtime 1.32
+    crashes on some of these, and the whole process with it (docs/onnxruntime.md).
+    """
     integer_kernels: bool = True
     """Replace float operators between DequantizeLinear and QuantizeLinear by integer kernels; False shows what the
     file says, computed in float, with all other optimizations."""
@@ -97,21 +101,29 @@ class RunOptions:
             )
 
 
+def _level(options: RunOptions, model: onnx.ModelProto) -> Level:
+    if isinstance(options.optimize, str):
+        return options.optimize
+    if not options.optimize:
+        return "none"
+    return "extended" if holds_halves(model) else "all"
+
+
 def create_session(
-    source: Source, options: RunOptions, *, optimized_path: Path | None = None
+    source: Source, model: onnx.ModelProto, options: RunOptions, *, optimized_path: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """ONNX Runtime's session for a model that `read_onnx` has found sound.
+    """ONNX Runtime's session for a model; the one place where sessions are made.
 
     Args:
         source: the model.
+        model: what `read_onnx`, which refuses what is unsafe, has read from it.
         options: how it will be run.
         optimized_path: where ONNX Runtime writes the graph that it really runs; the weights go beside it.
     Raises:
         ModelLoadError: ONNX Runtime does not take the model: unknown operators, shapes that do not fit, damaged data.
     """
     settings = onnxruntime.SessionOptions()
-    level = options.optimize if isinstance(options.optimize, str) else "all" if options.optimize else "none"
-    settings.graph_optimization_level = _LEVELS[level]
+    settings.graph_optimization_level = _LEVELS[_level(options, model)]
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = _SILENT
     if not options.integer_kernels:
@@ -123,9 +135,9 @@ def create_session(
             "session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.weights"
         )
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    model = source if isinstance(source, bytes) else os.fspath(source)
+    content = source if isinstance(source, bytes) else os.fspath(source)
     try:
-        session = onnxruntime.InferenceSession(model, settings, providers=[options.provider])
+        session = onnxruntime.InferenceSession(content, settings, providers=[options.provider])
     except _RUNTIME_ERRORS as error:
         raise ModelLoadError(f"ONNX Runtime cannot load {source_name(source)}: {_reason(error)}") from error
     if options.provider not in session.get_providers():
@@ -207,10 +219,11 @@ class OnnxModel:
     @classmethod
     def _open(cls, source: Source, options: RunOptions) -> Self:
         name = source_name(source)
-        for value in read_onnx(source).graph.input:
+        model = read_onnx(source)
+        for value in model.graph.input:
             if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
                 raise ModelLoadError(f"{name}: the input {value.name!r} has no shape. Write it into the model.")
-        session = create_session(source, options)
+        session = create_session(source, model, options)
         signature = Signature(
             inputs=tuple(_spec(value, name) for value in session.get_inputs()),
             outputs=tuple(_spec(value, name) for value in session.get_outputs()),
