@@ -1,0 +1,240 @@
+"""Recognise the operators that exporters have spelled out."""
+
+import math
+import operator
+from collections import Counter
+
+import torch
+
+import slimgraph.program.edit as edit
+from slimgraph.program.patterns import (
+    RESHAPES,
+    Argument,
+    Axes,
+    Call,
+    Clamp,
+    Filled,
+    Maybe,
+    Named,
+    Number,
+    Operand,
+    Pattern,
+    Stored,
+    Value,
+    call,
+    first_of,
+)
+from slimgraph.program.program import HistoryEntry, Program
+from slimgraph.program.recognise_products import PRODUCTS
+from slimgraph.program.recognise_rule import Build, Found, Operator, Rule, becomes, fixed, same_sizes
+
+aten = torch.ops.aten
+
+
+def recognise(program: Program) -> Program:
+    """A program in which layer norms, activations, attention, … that were spelled out are one operator each.
+
+    It computes the same up to rounding, and trains the same, but for constants: numbers in a formula that are stored as
+    tensors of one element, such as an epsilon or a scale, become arguments. An operator takes the name of the value
+    that the formula computed. A formula stays where something else reads its intermediate values.
+    """
+    recognised = program.copy()
+    counts: Counter[str] = Counter()
+    for rule in RULES:
+        for node in reversed(list(recognised.graph.nodes)):  # the longest formula is the one that ends last
+            if node.op == "call_function" and node.users:
+                counts[rule.name] += rule.rewrite(recognised, node)
+    if not counts.total():
+        return recognised
+    edit.finish(recognised)
+    return recognised.with_history(HistoryEntry(step="recognise", parameters=dict(+counts)))
+
+
+# The vocabulary of the formulas below.
+
+SQRT2 = math.sqrt(2)
+SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+
+x = Value("x")
+weight, bias = Maybe(Stored("weight")), Maybe(Stored("bias"))
+axes, eps = Axes("axes"), Number("eps")
+
+exp, log, log1p = call(aten.exp.default), call(aten.log.default), call(aten.log1p.default)
+erf, tanh, sigmoid = call(aten.erf.default), call(aten.tanh.default), call(aten.sigmoid.default)
+hardsigmoid = call(aten.hardsigmoid.default)
+where, greater = call(aten.where.self), call(aten.gt.Scalar, aten.gt.Tensor)
+reshape = call(*RESHAPES)
+
+
+def softplus(value: Operand) -> Call:
+    """Also the operator; beyond a threshold of 20 the two differ by less than float32 can tell."""
+    return call(aten.softplus.default)(value, beta=1.0, threshold=Argument("threshold"))
+
+
+def mean(value: Operand) -> Call:
+    """Over the axes of the formula."""
+    return call(aten.mean.dim)(value, dim=axes, keepdim=True, dtype=None)
+
+
+def total(value: Operand) -> Call:
+    """Over the axes of the formula."""
+    return call(aten.sum.dim_IntList)(value, dim=axes, keepdim=True, dtype=None)
+
+
+def greatest(value: Operand) -> Pattern:
+    """Over the axes of the formula."""
+    with_indices = call(aten.max.dim)(value, dim=axes, keepdim=True)
+    return call(aten.amax.default)(value, dim=axes, keepdim=True) | call(operator.getitem)(with_indices, 0)
+
+
+def variance(value: Pattern) -> Pattern:
+    """Over the axes of the formula, of the whole population."""
+    return mean((value - mean(value)) ** 2) | call(aten.var.correction)(value, dim=axes, correction=0, keepdim=True)
+
+
+def standardized(value: Pattern) -> Pattern:
+    """With mean zero and variance one over the axes of the formula."""
+    return (value - mean(value)) * (variance(value) + eps) ** -0.5
+
+
+# What is built where a name alone does not say it.
+
+
+def _softplus(found: Found) -> Operator | None:
+    # PyTorch's default of 20 would cost float64 half of its digits.
+    threshold = 40 if found.fake("x").dtype == torch.float64 else 20
+    return Operator(aten.softplus.default, (found["x"], 1, threshold)) if found.is_like("x") else None
+
+
+def _guarded_softplus(found: Found) -> Operator | None:
+    if not found.is_like("x") or found["threshold"] < found["guard"]:
+        return None
+    return Operator(aten.softplus.default, (found["x"], 1, found["guard"]))
+
+
+def _mish(found: Found) -> Operator | None:
+    if not found.is_like("x") or found["threshold"] < 20:  # tanh is 1 from there on, to the last bit of float64
+        return None
+    return Operator(aten.mish.default, (found["x"],))
+
+
+def _along_one_axis(target: object) -> Build:
+    def build(found: Found) -> Operator | None:
+        if not found.is_like("x") or len(found["axes"]) != 1:
+            return None
+        return Operator(target, (found["x"], found["axes"][0]))
+
+    return build
+
+
+def _trailing_sizes(found: Found) -> tuple[int, ...] | None:
+    """Sizes of the axes of a norm over the last axes of `x`; None where it is another, or one is free."""
+    rank, reduced = found.fake("x").dim(), found["axes"]
+    if not found.is_like("x") or reduced != tuple(range(rank - len(reduced), rank)) or found["eps"] < 0:
+        return None
+    sizes = fixed(found.fake("x").shape[reduced[0] :])
+    return sizes if sizes and all(found.can_store(name, sizes, sizes) for name in ("weight", "bias")) else None
+
+
+def _layer_norm(found: Found) -> Operator | None:
+    if (sizes := _trailing_sizes(found)) is None:
+        return None
+    affine = (found.stored_as("weight", sizes), found.stored_as("bias", sizes))
+    return Operator(aten.layer_norm.default, (found["x"], list(sizes), *affine, found["eps"]))
+
+
+def _rms_norm(found: Found) -> Operator | None:
+    if (sizes := _trailing_sizes(found)) is None:
+        return None
+    return Operator(aten.rms_norm.default, (found["x"], list(sizes), found.stored_as("weight", sizes), found["eps"]))
+
+
+def _group_norm(found: Found) -> Operator | None:
+    shape, grouped = found.fake("x").shape, found.fake("grouped").shape
+    if not found.is_like("x") or len(shape) < 2 or len(grouped) < 3 or found["eps"] < 0:
+        return None
+    sizes = fixed((shape[1], grouped[1]))
+    if sizes is None or sizes[0] % sizes[1] or not same_sizes(shape[:1], grouped[:1]):
+        return None
+    # The groups' elements are normalized together: those of the last axes, of which a layer norm has the sizes.
+    reduced = found["axes"] or tuple(range(len(grouped) - len(found["normalized_shape"] or grouped[2:]), len(grouped)))
+    channels, groups = sizes
+    broadcast = (channels, *[1] * (len(shape) - 2))
+    if reduced != tuple(range(2, len(grouped))) or not all(
+        found.can_store(name, broadcast, (channels,)) for name in ("weight", "bias")
+    ):
+        return None
+    affine = (found.stored_as("weight", (channels,)), found.stored_as("bias", (channels,)))
+    return Operator(aten.group_norm.default, (found["x"], groups, *affine, found["eps"]))
+
+
+def _relu6(found: Found) -> Operator | None:
+    if found.root.target is aten.hardtanh.default or not found.is_like("x"):
+        return None
+    return Operator(aten.hardtanh.default, (found["x"], 0.0, 6.0))
+
+
+def _flatten(found: Found) -> Operator | None:
+    shape, flat = found.fake("x").shape, found.root.meta["val"].shape
+    last = len(flat) - 1
+    if found.root.target is aten.flatten.using_ints or not 1 <= last < len(shape) - 1:
+        return None
+    return Operator(aten.flatten.using_ints, (found["x"], last)) if same_sizes(shape[:last], flat[:last]) else None
+
+
+def _gelu_tanh(inside: Pattern) -> Pattern:
+    return 0.5 * x * (1 + tanh(inside))
+
+
+_grouped = Named("grouped", reshape(x))
+_normalized_groups = first_of(
+    call(aten.instance_norm.default)(
+        _grouped, weight=Filled(1.0), bias=Filled(0.0), running_mean=None, use_input_stats=True, eps=eps
+    ),
+    call(aten.layer_norm.default)(
+        _grouped, normalized_shape=Argument("normalized_shape"), weight=Filled(1.0), bias=Filled(0.0), eps=eps
+    ),
+    standardized(_grouped),
+)
+# TensorFlow's spelling, of which the factor is computed first and used twice.
+_scaled = weight * (variance(x) + eps) ** -0.5
+
+RULES: tuple[Rule, ...] = (
+    Rule("sigmoid", 1 / (1 + exp(-x)), becomes(aten.sigmoid.default)),
+    Rule("softplus", log(1 + exp(x)) | log1p(exp(x)), _softplus),
+    Rule("softplus", where(greater(x, Number("guard")), x, softplus(x)), _guarded_softplus),
+    Rule("hardsigmoid", Clamp(x / 6 + 0.5, 0, 1) | Clamp(x + 3, 0, 6) / 6, becomes(aten.hardsigmoid.default)),
+    Rule("hardsigmoid", Clamp((x + 3) / 6, 0, 1), becomes(aten.hardsigmoid.default)),
+    Rule("hardswish", x * hardsigmoid(x) | x * Clamp(x + 3, 0, 6) / 6, becomes(aten.hardswish.default)),
+    Rule("relu6", Clamp(x, 0, 6), _relu6),
+    Rule("silu", x * sigmoid(x) | x / (1 + exp(-x)), becomes(aten.silu.default)),
+    Rule("mish", x * tanh(softplus(x)), _mish),
+    Rule("gelu", 0.5 * x * (1 + erf(x / SQRT2)) | x * (0.5 + 0.5 * erf(x / SQRT2)), becomes(aten.gelu.default)),
+    Rule(
+        "gelu",
+        _gelu_tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3)) | _gelu_tanh(SQRT_2_OVER_PI * x * (1 + 0.044715 * x**2)),
+        becomes(aten.gelu.default, approximate="tanh"),
+    ),
+    Rule(
+        "softmax",
+        exp(x - greatest(x)) / total(exp(x - greatest(x))) | exp(x) / total(exp(x)),
+        _along_one_axis(aten.softmax.int),
+    ),
+    Rule(
+        "log_softmax",
+        first_of(
+            log(call(aten.softmax.int)(x, dim=axes, dtype=None)),
+            (x - greatest(x)) - log(total(exp(x - greatest(x)))),
+            x - log(total(exp(x))),
+            x - call(aten.logsumexp.default)(x, dim=axes, keepdim=True),
+        ),
+        _along_one_axis(aten.log_softmax.int),
+    ),
+    Rule("layer_norm", weight * standardized(x) + bias, _layer_norm),
+    Rule("layer_norm", x * _scaled + (bias - mean(x) * _scaled), _layer_norm),
+    Rule("rms_norm", weight * x * (mean(x**2) + eps) ** -0.5, _rms_norm),
+    Rule("group_norm", weight * reshape(_normalized_groups) + bias, _group_norm),
+    *PRODUCTS,
+    Rule("flatten", reshape(x), _flatten),
+)
+"""In this order: what a rule recognises, the rules behind it may speak of."""
