@@ -1,7 +1,6 @@
 """Give an account of a compression: the report, and the line in the program's history."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from slimgraph.auto.layers import layer_rows, range_histograms
@@ -10,30 +9,13 @@ from slimgraph.auto.notices import count_notices
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import Program
-from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.statistics import ValueStatistics
+from slimgraph.quantization.quantize import Quantization
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.environment import read_environment
 from slimgraph.report.facts import IntegerKernels, ModelFacts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """A quantized program and how it came about."""
-
-    program: Program
-    original: Program
-    """The float program that the plan speaks of."""
-    plan: QuantizationPlan
-    """With ranges."""
-    statistics: Mapping[str, ValueStatistics]
-    algorithm: str
-    """What chose the ranges."""
-    samples: int
-    """Of calibration data."""
-
-
-def with_result(quantized: Quantized, found: Measurements) -> Program:
+def with_result(quantized: Quantization, found: Measurements) -> Program:
     """The program, its history told what was measured."""
     *before, last = quantized.program.history
     told = replace(
@@ -52,10 +34,16 @@ def with_result(quantized: Quantized, found: Measurements) -> Program:
 
 
 def report_of(
-    quantized: Quantized, found: Measurements, notices: tuple[Notice, ...], *, title: str, command: str, after: Program
+    quantized: Quantization,
+    found: Measurements,
+    notices: tuple[Notice, ...],
+    *,
+    title: str,
+    command: str,
+    after: Program,
 ) -> Report:
     """The report of a compression; `after` is the program with its result."""
-    before_count, after_count = count(quantized.original), count(after)
+    before_count, after_count = count(quantized.prepared), count(after)
     return Report(
         title=title,
         original=_facts("float", found.size_bytes_before, before_count, found.kernels_before),
@@ -65,7 +53,7 @@ def report_of(
         environment=read_environment(),
         command=command,
         created=datetime.now(UTC).replace(microsecond=0),
-        layers=layer_rows(quantized.original, quantized.plan, before_count, after_count, found.comparison),
+        layers=layer_rows(quantized.prepared, quantized.plan, before_count, after_count, found.comparison),
         histograms=range_histograms(
             quantized.plan, quantized.statistics, found.comparison, algorithm=quantized.algorithm
         ),

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypedDict, Unpack, overload
 
-from slimgraph.auto.account import Quantized, report_of, with_result
+from slimgraph.auto.account import report_of, with_result
 from slimgraph.auto.given_data import Data, open_given
 from slimgraph.auto.measurements import Judged, Measurements, measure
 from slimgraph.auto.notices import (
@@ -30,7 +30,7 @@ from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import is_quantized
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.quantize import prepare, quantize_with_record
+from slimgraph.quantization.quantize import Quantization, prepare, quantize_with_record
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
@@ -214,8 +214,8 @@ def _try_out(
 
 def _quantized(
     original: Program, plan: QuantizationPlan, calibration: DataSource, algorithm: str, say: Progress
-) -> Quantized:
-    made = quantize_with_record(
+) -> Quantization:
+    return quantize_with_record(
         original,
         plan,
         (batch.inputs for batch in calibration),
@@ -224,19 +224,11 @@ def _quantized(
         progress=lambda seen: say("Calibrating", seen, calibration.samples),
         stage=lambda name: say(name, 0, None),
     )
-    return Quantized(
-        program=made.program,
-        original=made.prepared,
-        plan=made.plan,
-        statistics=made.statistics,
-        algorithm=algorithm,
-        samples=made.samples,
-    )
 
 
 def _measured(
     program: Program,
-    quantized: Quantized,
+    quantized: Quantization,
     file: Path,
     float_reference: str | os.PathLike[str] | None,
     how: Judged,
@@ -251,10 +243,10 @@ def _measured(
         reference = Path(scratch) / "float.onnx" if float_reference is None else Path(float_reference)
         if float_reference is None:
             export_onnx(program, reference)
-        return measure(reference, file, quantized.original, quantized.program, how, say)
+        return measure(reference, file, quantized.prepared, quantized.program, how, say)
 
 
-def _notices(program: Program, quantized: Quantized, found: Measurements, how: Judged) -> Iterator[Notice]:
+def _notices(program: Program, quantized: Quantization, found: Measurements, how: Judged) -> Iterator[Notice]:
     yield from metric_notices(found.metric, on_calibration_data=how.evaluation is None, limit=how.max_drop)
     yield from speed_notices(quantized.plan, found.kernels_after, found.latency)
     yield from placement_notices(quantized.plan)

@@ -93,6 +93,8 @@ class Quantization:
     plan: QuantizationPlan
     """With ranges."""
     statistics: Mapping[str, ValueStatistics]
+    algorithm: str
+    """What chose the ranges."""
     samples: int
     """Of calibration data."""
 
@@ -147,6 +149,7 @@ def quantize_with_record(
         prepared=prepared,
         plan=ranged,
         statistics=statistics,
+        algorithm=algorithm,
         samples=samples,
     )
 
