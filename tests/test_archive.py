@@ -95,7 +95,7 @@ def quantized() -> Program:
     real = edit.insert_after(
         codes, ops.dequantize_per_tensor.default, (codes, *grid), value="conv1/dequantize", taken=set()
     )
-    edit.replace_uses(value, real, but=(codes,))
+    value.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
     weight = program.get_parameter("graph_module.fc.weight").detach()
     scale = weight.abs().amax(1).double() / 127
     stored = [
@@ -305,7 +305,7 @@ def test_a_program_that_calls_a_module_is_not_saved(tmp_path):
     with program.graph.inserting_after(value):
         observed = program.graph.call_module("observer", (value,))
     set_names(observed, layer="conv1", value="conv1/observed")
-    edit.replace_uses(value, observed, but=(observed,))
+    value.replace_all_uses_with(observed, delete_user_cb=lambda user: user is not observed)
     with pytest.raises(ProgramError, match="'conv1/observed' calls 'observer'"):
         save_program(program, tmp_path / "model.pt2")
 

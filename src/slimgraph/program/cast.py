@@ -6,7 +6,6 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.qdq import is_quantized
-from slimgraph.program.signature import Signature, TensorSpec
 
 
 def cast(program: Program, dtype: torch.dtype) -> Program:
@@ -31,18 +30,6 @@ def cast(program: Program, dtype: torch.dtype) -> Program:
                 node.update_kwarg("dtype", dtype)
         if isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_floating_point():
             node.meta["val"] = value.to(dtype)
-    changed.signature = _with_dtype(program.signature, dtype)
+    changed.signature = program.signature.with_type(None, dtype)
     edit.finish(changed)
     return changed.with_history(HistoryEntry(step="cast", parameters={"dtype": str(dtype).removeprefix("torch.")}))
-
-
-def _with_dtype(signature: Signature, dtype: torch.dtype) -> Signature:
-    def cast_spec(spec: TensorSpec) -> TensorSpec:
-        return TensorSpec(name=spec.name, dtype=dtype if spec.dtype.is_floating_point else spec.dtype, shape=spec.shape)
-
-    return Signature(
-        inputs=tuple(map(cast_spec, signature.inputs)),
-        outputs=tuple(map(cast_spec, signature.outputs)),
-        output_form=signature.output_form,
-        example_sizes=signature.example_sizes,
-    )

@@ -183,11 +183,6 @@ def insert_after(node: fx.Node, target: Any, args: tuple[Any, ...], *, value: st
     return new
 
 
-def replace_uses(node: fx.Node, new: fx.Node, *, but: tuple[fx.Node, ...] = ()) -> None:
-    """Let everything that reads `node` read `new`, except `new` itself and the nodes in `but`."""
-    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and user not in but)
-
-
 def install_training_flags(graph: fx.Graph) -> None:
     """Let every batch norm and dropout read its mode from the module at run time."""
     flagged = [node for node in graph.nodes if node.op == "call_function" and node.target in _FLAG_POSITION]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.program.edit import TRAINING_FLAG, finish, read_tensor, replace_uses, tensor_named
+from slimgraph.program.edit import TRAINING_FLAG, finish, read_tensor, tensor_named
 from slimgraph.program.names import operator_name, unused, value_of
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.shapes import fake_values
@@ -44,7 +44,7 @@ def fold_constants(program: Program) -> Program:
         if key not in stored:
             name = re.sub(r"\W", "_", value_of(node) or node.name)
             stored[key] = read_tensor(folded, unused(f"_folded.{name}", dict(folded.named_buffers())), tensor)
-        replace_uses(node, stored[key])
+        node.replace_all_uses_with(stored[key])
     finish(folded)
     return folded.with_history(HistoryEntry(step="fold_constants", parameters={"values": [*map(value_of, chosen)]}))
 

@@ -68,18 +68,12 @@ class Signature:
         axis = self.batch_axis
         return frozenset(spec.name for spec in self.inputs if axis is not None and spec.shape[:1] == (axis,))
 
-    def example(self, *, batch: int | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Zeros of the right types and shapes: `example_sizes` on the free axes, `batch` samples."""
-        sizes = dict(self.example_sizes)
-        if batch is not None and self.batch_axis is not None:
-            sizes[self.batch_axis] = batch
-        return {spec.name: torch.zeros(spec.sized(sizes), dtype=spec.dtype, device=device) for spec in self.inputs}
-
-    def with_type(self, old: torch.dtype, new: torch.dtype) -> "Signature":
-        """The signature of the program after its tensors of one type became those of another."""
+    def with_type(self, old: torch.dtype | None, new: torch.dtype) -> "Signature":
+        """The signature of the program after its tensors of one type, of every floating one if None, became others."""
 
         def converted(spec: TensorSpec) -> TensorSpec:
-            return replace(spec, dtype=new) if spec.dtype == old else spec
+            changes = spec.dtype.is_floating_point if old is None else spec.dtype == old
+            return replace(spec, dtype=new) if changes else spec
 
         inputs, outputs = tuple(map(converted, self.inputs)), tuple(map(converted, self.outputs))
         return replace(self, inputs=inputs, outputs=outputs)
