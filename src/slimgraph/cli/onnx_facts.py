@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import onnx
 
-from slimgraph.deploy.onnx_file import graphs, read_onnx
+from slimgraph.deploy.onnx_file import data_files, graphs, read_onnx
 
 # Integers of these types are shapes, indices and flags. Codes and their int32 biases are parameters.
 _NO_PARAMETERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING})
@@ -45,13 +45,11 @@ def onnx_facts(path: str | os.PathLike[str]) -> OnnxFacts:
     weights = [
         tensor for name, tensor in stored.items() if name not in grids and tensor.data_type not in _NO_PARAMETERS
     ]
-    places = {entry.value for tensor in stored.values() for entry in tensor.external_data if entry.key == "location"}
-    files = [Path(path), *(Path(path).parent / place for place in places)]
     operators = Counter(node.op_type for node in nodes)
     return OnnxFacts(
         operators=MappingProxyType(dict(operators.most_common())),
         parameters=sum(prod(tensor.dims) for tensor in weights),
-        size_bytes=sum(file.stat().st_size for file in files),
+        size_bytes=sum(file.stat().st_size for file in (Path(path), *data_files(model, path))),
         opset=max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
     )
