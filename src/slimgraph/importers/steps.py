@@ -1,7 +1,7 @@
 """Run a graph that was read from a file, operator by operator, in plain PyTorch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,12 +13,16 @@ from slimgraph.program.edit import put
 
 Value: TypeAlias = "Tensor | Host | list[Any] | None"
 Handler: TypeAlias = Callable[..., Any]
+Preparation: TypeAlias = "Callable[[Step, Mapping[str, Tensor]], tuple[Step, dict[str, Tensor]] | None]"
 
 EVERY = range(2**16)
 """For `Operator.weights`: constants are weights at every position."""
 
 MOST_ELEMENTS = 2**31
 """Of one value. A file can ask for more in a few bytes; no network that is trained has it."""
+
+MOST_STEPS = 2**17
+"""In one run, loops unrolled: a few nested ones could go on for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,9 @@ class Operator:
     """Inputs whose floating-point constants are parameters; others are buffers."""
     numbers: bool = False
     """Whether a constant of no axes is given as a Python number, which does not become a tensor of the program."""
+    prepare: "Preparation | None" = None
+    """Gets the step, and what the file stores for this operator alone. It may give another step to run instead, and
+    tensors to store for that one: weights in another layout. None: as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,34 @@ class Step:
     version: int = 0
     """Of the operator set."""
 
+    @property
+    def bodies(self) -> Iterator["Body"]:
+        """The graphs among the attributes."""
+        for attribute in self.attributes.values():
+            for part in attribute if isinstance(attribute, tuple) else (attribute,):
+                if isinstance(part, Body):
+                    yield part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A graph inside an operator: a branch, or what a loop repeats. It may read all values of the graphs around it."""
+
+    name: str
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    """What the file stores in it, under names that are unique in the model."""
+
+
+def every(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, and those of the graphs inside them."""
+    for step in steps:
+        yield step
+        for body in step.bodies:
+            yield from every(body.steps)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -65,6 +100,8 @@ class Call:
     module: "Interpreted"
     values: dict[str, Value]
     """Everything that is defined so far."""
+    suffix: str = ""
+    """Behind the names of layers and values, where a loop runs again."""
 
     @property
     def version(self) -> int:
@@ -74,6 +111,27 @@ class Call:
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute of the operator, or the default where the file leaves it out."""
         return self.step.attributes.get(name, default)
+
+    def body(self, name: str) -> Body:
+        """An attribute that is a graph."""
+        found = self.attribute(name)
+        if not isinstance(found, Body):
+            raise self.error(f"its attribute {name!r} is no graph")
+        return found
+
+    def inside(self, body: Body, given: Sequence[Value] = (), turn: int = 1) -> list[Value]:
+        """What a graph inside this operator computes of its inputs; each turn of a loop has names of its own."""
+        if len(given) != len(body.inputs):
+            raise self.error(f"the graph {body.name!r} in it has {len(body.inputs)} inputs, and gets {len(given)}")
+        suffix = f"{self.suffix}#{turn}" if turn > 1 else self.suffix
+        values = {**self.values, **dict(zip(body.inputs, given, strict=True))}
+        self.module.run(body.steps, values, suffix)
+        return [self.module.value(name, values) for name in body.outputs]
+
+    def given(self, index: int) -> Value:
+        """The input at a position as it is: a `Host` where it is known, None where it is left out."""
+        names = self.step.inputs
+        return self.module.value(names[index], self.values) if index < len(names) else None
 
     def ints(self, name: str, default: Sequence[int] | None = None) -> list[int] | None:
         """An attribute that is a list of integers; one integer counts as a list of one."""
@@ -142,33 +200,51 @@ class Interpreted(nn.Module):
         baked: bool = False,
     ) -> None:
         super().__init__()
-        self.steps, self.inputs, self.outputs = tuple(steps), tuple(inputs), tuple(outputs)
+        tensors = {
+            **tensors,
+            **{name: t for step in every(steps) for b in step.bodies for name, t in b.tensors.items()},
+        }
+        self.steps, tensors = _prepared(steps, tensors)
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.baked = baked
         self.batch: Any = 1
         """Number of samples of the call that is running."""
-        self.read = {name for step in steps for name in step.inputs} | set(outputs)
+        self._count = 0
+        self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
+        self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._hosts = {name: Host.read(t) for name, t in tensors.items() if t.numel() <= LARGEST and _small(t)}
         self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
         self._paths: dict[str, str] = {}
-        self._paths |= store(self, {name: t for name, t in tensors.items() if name in self.read}, _trained(steps))
+        self._paths |= store(self, {name: t for name, t in tensors.items() if name in self.read}, _trained(self.steps))
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Outputs by name."""
         self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
+        self._count = 0
         self.run(self.steps, values)
-        return {name: mark(self.tensor(name, values), "", name) for name in self.outputs}
+        found = {name: self.tensor(name, values) for name in self.outputs}
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                what = "empty" if value is None else "a sequence"
+                raise ModelImportError(f"The output {name!r} is {what}; a program gives tensors.")
+        return {name: mark(value, "", name) for name, value in found.items()}
 
-    def run(self, steps: Sequence[Step], values: dict[str, Value]) -> None:
-        """Compute the steps, reading from and adding to `values`."""
+    def run(self, steps: Sequence[Step], values: dict[str, Value], suffix: str = "") -> None:
+        """Compute the steps, reading from and adding to `values`; the suffix is for the names of layers and values."""
         for step in steps:
-            results = self._result(step, values)
+            self._count += 1
+            if self._count > MOST_STEPS:
+                raise ModelImportError(f"The loops of the model make more than {MOST_STEPS} steps, unrolled.")
+            results = self._result(step, values, suffix)
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
-                    values[name] = mark(result, step.name, name) if isinstance(result, Tensor) else result
+                    if isinstance(result, Tensor):
+                        result = mark(result, step.name + suffix, name + suffix)
+                    values[name] = result
 
-    def _result(self, step: Step, values: dict[str, Value]) -> Sequence[Value]:
-        call = Call(step, self, values)
+    def _result(self, step: Step, values: dict[str, Value], suffix: str) -> Sequence[Value]:
+        call = Call(step, self, values, suffix)
         operator = step.operator
         try:
             if operator.host is not None and self._is_host(step, values):
@@ -204,11 +280,18 @@ class Interpreted(nn.Module):
         value = values.get(name)
         if isinstance(value, Host):
             return value.tensor()
-        if value is not None:
+        if value is not None or name in values:  # None is an optional value that is empty
             return value
         if name not in self._paths:
             raise ModelImportError(f"The value {name!r} is read, but nothing defines it.")
         return self.get_parameter_or_buffer(name)
+
+    def value(self, name: str, values: Mapping[str, Value]) -> Value:
+        """The value as it is: known while importing, or of the program, to which floating-point constants belong."""
+        stored = name not in values and name in self._floating
+        known = None if stored else self.host(name, values)
+        result: Value = self.tensor(name, values) if known is None else known
+        return result
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         """The stored tensor of a name in the file."""
@@ -224,8 +307,10 @@ class Interpreted(nn.Module):
         if index in operator.static:
             known = self.host(name, values)
             if known is None:
+                maker = next((f" (of {describe(step)})" for step in every(self.steps) if name in step.outputs), "")
                 raise call.error(
-                    f"its input {name!r} is computed from data, and a shape must not depend on what the inputs hold"
+                    f"its input {name!r}{maker} depends on what the model's inputs hold. Shapes, axes, conditions and "
+                    "numbers of repetitions have to be known while importing"
                 )
             return known
         known = self._hosts.get(name)
@@ -241,9 +326,42 @@ def _small(tensor: Tensor) -> bool:
 
 def _trained(steps: Sequence[Step]) -> set[str]:
     """Values that are weights of all the steps that read them."""
-    weights = {name for step in steps for i, name in enumerate(step.inputs) if i in step.operator.weights}
-    others = {name for step in steps for i, name in enumerate(step.inputs) if i not in step.operator.weights}
+    weights, others = set[str](), set[str]()
+    for step in every(steps):
+        for index, name in enumerate(step.inputs):
+            (weights if index in step.operator.weights else others).add(name)
     return weights - others
+
+
+def _prepared(steps: Sequence[Step], tensors: dict[str, Tensor]) -> tuple[tuple[Step, ...], dict[str, Tensor]]:
+    """The steps as their operators want them, and what is stored for these."""
+    readers: dict[str, list[Operator]] = {}
+    for step in every(steps):
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step.operator)
+
+    def of_one(step: Step) -> Step:
+        bodies = {key: each(value) for key, value in step.attributes.items()} if any(step.bodies) else None
+        step = step if bodies is None else replace(step, attributes=bodies)
+        own = {
+            name: tensors[name]
+            for name in step.inputs
+            if name in tensors and all(reader is step.operator for reader in readers[name])
+        }
+        found = step.operator.prepare(step, own) if step.operator.prepare else None
+        if found is None:
+            return step
+        tensors.update(found[1])
+        return found[0]
+
+    def each(attribute: Any) -> Any:
+        if isinstance(attribute, tuple):
+            return tuple(each(part) for part in attribute)
+        if isinstance(attribute, Body):
+            return replace(attribute, steps=tuple(of_one(step) for step in attribute.steps))
+        return attribute
+
+    return tuple(of_one(step) for step in steps), tensors
 
 
 _ATTRIBUTES = frozenset(dir(nn.Module()))
