@@ -120,28 +120,34 @@ class Names:
         return name
 
 
-def name_operators(operators: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """A unique name for each operator, given its kind and the parameters it reads.
+def _layer_of(parameter: str) -> str | None:
+    match = _PARAMETER_OF_LAYER.fullmatch(parameter[:_LONGEST_NAME])
+    return match[1] if match else None
 
-    >>> name_operators([("conv2d", ["conv2d_7.w_0"]), ("add", ["conv2d_7.b_0"]), ("relu", []), ("relu", [])])
+
+def name_operators(operators: Sequence[tuple[str, Sequence[str]]], names: Names, owner: str = "") -> list[str]:
+    """A new name for each operator of a block, given its kind and the parameters it reads.
+
+    >>> name_operators([("conv2d", ["conv2d_7.w_0"]), ("add", ["conv2d_7.b_0"]), ("relu", []), ("relu", [])], Names())
     ['conv2d_7', 'conv2d_7.add', 'relu_0', 'relu_1']
     """
-    names, layers, counts = Names(), set[str](), Counter[str]()
+    layers, counts = set[str](), Counter[str]()
     found: list[str] = []
     for kind, parameters in operators:
-        layer = next((match[1] for name in parameters if (match := _PARAMETER_OF_LAYER.fullmatch(name))), None)
+        layer = next((layer for name in parameters if (layer := _layer_of(name))), None)
         if layer is None:
             found.append(f"{kind}_{counts[kind]}")
             counts[kind] += 1
         else:
             found.append(f"{layer}.{kind}" if layer in layers else layer)
             layers.add(layer)
-    return [names.new(name) for name in found]
+    return [names.new(f"{owner}.{name}" if owner else name) for name in found]
 
 
 def without_unused(model: PaddleModel) -> PaddleModel:
     """The model without operators that no output depends on and parameters that nothing reads."""
     needed = {value.name for value in model.outputs}
+    entered: set[int] = set()
     kept: list[Operator] = []
     unused: list[str] = []
     for operator in reversed(model.operators):
@@ -150,7 +156,7 @@ def without_unused(model: PaddleModel) -> PaddleModel:
         else:
             kept.append(operator)
             needed.update(operator.reads)
-            needed.update(_read_inside(operator, model.subblocks))
+            needed.update(_read_inside(operator, model.subblocks, entered))
     unused.reverse()
     return replace(
         model,
@@ -160,14 +166,13 @@ def without_unused(model: PaddleModel) -> PaddleModel:
     )
 
 
-def _read_inside(operator: Operator, subblocks: Mapping[int, Block]) -> Iterable[str]:
-    """Names that the blocks of an operator read, those of blocks inside blocks included."""
-    seen: set[int] = set()
+def _read_inside(operator: Operator, subblocks: Mapping[int, Block], entered: set[int]) -> Iterable[str]:
+    """Names that the blocks of an operator read, and the blocks inside them, unless they were `entered` before."""
     waiting = _blocks_of(operator)
     while waiting:
         index = waiting.pop()
-        if index not in seen:
-            seen.add(index)
+        if index not in entered:
+            entered.add(index)
             for inner in subblocks[index].operators:
                 yield from inner.reads
                 waiting.extend(_blocks_of(inner))

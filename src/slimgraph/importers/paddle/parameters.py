@@ -142,7 +142,8 @@ def read_parameter_files(folder: Path, parameters: Mapping[str, Value]) -> dict[
     Raises:
         ModelImportError: a file is missing, or does not hold exactly what the model declares.
     """
-    files = {entry.name: entry for entry in folder.iterdir()}  # a name from the model never becomes a path
+    # A name from the model never becomes a path.
+    files = {entry.name: entry for entry in folder.iterdir() if entry.is_file()}
     missing = sorted(name for name in parameters if name not in files)
     if missing:
         shown = ", ".join(repr(name[:200]) for name in missing[:5])

@@ -40,13 +40,9 @@ def _scalar(message: Message) -> bool | int | float | complex:
     if kind == 3:
         return message.one(message.doubles, 4)
     if kind == 4:
-        (number,) = message.messages(5, "a complex scalar") or [Message(memoryview(b""), "a complex scalar")]
+        number = message.message(5, "a complex scalar")
         return complex(number.one(number.doubles, 1), number.one(number.doubles, 2))
     raise ModelImportError(f"A scalar has the kind {kind}; 1 (bool) to 4 (complex) are known.")
-
-
-def _scalars(message: Message) -> tuple[bool | int | float | complex, ...]:
-    return tuple(_scalar(each) for each in message.messages(21, "a scalar"))
 
 
 # AttrType: what an attribute of that type holds, in which field of OpDesc.Attr.
@@ -68,8 +64,8 @@ _ATTRIBUTES: Mapping[int, Callable[[Message], Any]] = MappingProxyType(
         _VARIABLE: lambda attribute: (attribute.one(attribute.texts, 17),),
         _VARIABLES: lambda attribute: attribute.texts(18),
         15: lambda attribute: attribute.one(attribute.doubles, 19),
-        16: lambda attribute: _scalar(attribute.one(lambda field: tuple(attribute.messages(field, "a scalar")), 20)),
-        17: _scalars,
+        16: lambda attribute: _scalar(attribute.message(20, "a scalar")),
+        17: lambda attribute: tuple(_scalar(each) for each in attribute.messages(21, "a scalar")),
     }
 )
 
@@ -105,13 +101,11 @@ def _variables(block: Message) -> dict[str, _Variable]:
         what = f"variable {name[:200]!r}"
         if name in found:
             raise ModelImportError(f"{what} is declared twice.")
-        (kind,) = message.messages(2, what) or [Message(memoryview(b""), what)]
+        kind = message.message(2, what)
         declared = None
-        if kind.one(kind.integers, 1) == _TENSOR_VARIABLE:
-            for tensor in kind.messages(3, what)[:1]:
-                for description in tensor.messages(1, what)[:1]:
-                    dtype, shape = tensor_type(description, what)
-                    declared = Value(name=name, dtype=dtype, shape=tuple(None if n == -1 else n for n in shape))
+        if kind.one(kind.integers, 1) == _TENSOR_VARIABLE and kind.data(3):
+            dtype, shape = tensor_type(kind.message(3, what).message(1, what), what)
+            declared = Value(name=name, dtype=dtype, shape=tuple(None if size == -1 else size for size in shape))
         found[name] = _Variable(persistable=message.one(message.flags, 3, False), declared=declared)
     return found
 
@@ -206,11 +200,11 @@ class _Versions:
         return self.values[name]
 
 
-def _sub_blocks(blocks: list[Message]) -> dict[int, Block]:
+def _sub_blocks(blocks: list[Message], layer_names: Names) -> dict[int, Block]:
     found: dict[int, Block] = {}
     for index, message in enumerate(blocks[1:], start=1):
         steps = _steps(message, index)
-        names = name_operators([(step.kind, ()) for step in steps])
+        names = name_operators([(step.kind, ()) for step in steps], layer_names, owner=f"block_{index}")
         found[index] = Block(
             operators=tuple(
                 Operator(
@@ -244,9 +238,8 @@ def parse_program(data: bytes) -> PaddleModel:
         ModelImportError: the data is damaged, of an unknown version, or no inference model.
     """
     program = Message(memoryview(data), "the program")
-    version = 0
-    for message in program.messages(4, "the version"):
-        version = message.one(message.integers, 1, 0)
+    stated = program.message(4, "the version")
+    version = stated.one(stated.integers, 1, 0)
     if not 0 <= version < (NEWEST_MAJOR_VERSION + 1) * 1_000_000:
         raise ModelImportError(
             f"the program has the version {version}; those of Paddle up to {NEWEST_MAJOR_VERSION} are known "
@@ -280,11 +273,13 @@ def parse_program(data: bytes) -> PaddleModel:
         )
         for step in inner
     ]
+    layer_names = Names()
     layers = name_operators(
         [
             (step.kind, [name for names in read.values() for name in names if name in owned])
             for step, (read, _) in zip(inner, resolved, strict=True)
-        ]
+        ],
+        layer_names,
     )
     operators = tuple(
         Operator(
@@ -303,7 +298,7 @@ def parse_program(data: bytes) -> PaddleModel:
             "it has no fetch operator, so nothing says what its outputs are. Save it with "
             "paddle.static.save_inference_model or paddle.jit.save."
         )
-    subblocks = _sub_blocks(blocks)
+    subblocks = _sub_blocks(blocks, layer_names)
     for block in (operators, *(block.operators for block in subblocks.values())):
         _check_references(block, subblocks)
     return PaddleModel(

@@ -71,6 +71,7 @@ _NO_NUMBERS = MappingProxyType({"NAN": math.nan, "INF": math.inf, "-INF": -math.
 # Where and for what role an operator ran, on the machine that saved it.
 _BOOKKEEPING = frozenset(["place", "op_role", "op_callstack"])
 _MISSING = 0  # the number of the value that is none
+_MOST_READS = 10_000_000  # a list is written once and read by its number, so a small file could ask for any amount
 _PARAMETER = "builtin.parameter"
 _OUTSIDE = frozenset([_PARAMETER, "data", "feed", "fetch"])
 _PASSING = _OUTSIDE | {"builtin.combine", "builtin.split", "builtin.slice"}
@@ -286,7 +287,8 @@ class _Reader:
     """What is known of the values of a program while its blocks are read."""
 
     def __init__(self) -> None:
-        self._names = Names()
+        self._names, self._layers = Names(), Names()
+        self._read_count = 0
         self._known: dict[int, tuple[str, ...]] = {_MISSING: ()}
         self.values: dict[str, Value] = {}
         self.parameters: dict[str, Value] = {}
@@ -300,7 +302,11 @@ class _Reader:
         parameters = {step.results[0][0]: step.text("parameter_name") for step in steps if step.kind == _PARAMETER}
         named = [step for step in steps if step.kind not in _PASSING]
         layers = iter(
-            name_operators([(step.kind, [parameters[n] for n in step.operands if n in parameters]) for step in named])
+            name_operators(
+                [(step.kind, [parameters[n] for n in step.operands if n in parameters]) for step in named],
+                self._layers,
+                owner,
+            )
         )
         operators: list[Operator] = []
         for step in steps:
@@ -316,7 +322,7 @@ class _Reader:
                 case "builtin.combine" | "builtin.split" | "builtin.slice":
                     self._rearrange(step)
                 case _:
-                    operators.append(self._operator(step, f"{owner}.{next(layers)}" if owner else next(layers)))
+                    operators.append(self._operator(step, next(layers)))
         return tuple(operators)
 
     def _define(self, number: int, names: tuple[str, ...], where: str) -> None:
@@ -330,7 +336,11 @@ class _Reader:
         for number in step.operands:
             if number not in self._known:
                 raise ModelImportError(f"{step.where} reads the value {number}, which is not defined before.")
-        return tuple(self._known[number] for number in step.operands)
+        found = tuple(self._known[number] for number in step.operands)
+        self._read_count += sum(map(len, found))
+        if self._read_count > _MOST_READS:
+            raise ModelImportError(f"its operations read more than {_MOST_READS} values. The file is damaged.")
+        return found
 
     def _new(self, wanted: str, kind: _Type) -> str:
         name = self._names.new(wanted)
@@ -358,8 +368,11 @@ class _Reader:
 
     def _rearrange(self, step: _Step) -> None:
         """Put tensors into a list, or take them out: the results are the operands, in other tuples."""
-        names = [name for operand in self._read(step) for name in operand]
+        operands = self._read(step)
+        names = [name for operand in operands for name in operand]
         if step.kind == "builtin.combine":
+            if any(len(operand) > 1 for operand in operands):
+                raise ModelImportError(f"{step.where} puts a list into a list, which no operator takes.")
             results = [tuple(names)]
         elif step.kind == "builtin.split":
             results = [(name,) for name in names]
@@ -368,8 +381,8 @@ class _Reader:
             results = [(names[index],)] if 0 <= index < len(names) else []
         if len(results) != len(step.results):
             raise ModelImportError(
-                f"{step.where} has {len(step.results)} results, but {len(results)} follow from its {len(names)} "
-                "operands. The file is damaged."
+                f"{step.where} has {len(step.results)} results, but {len(results)} follow from the {len(names)} "
+                "tensors it reads. The file is damaged."
             )
         for (number, _), found in zip(step.results, results, strict=True):
             self._define(number, found, step.where)
@@ -380,7 +393,7 @@ class _Reader:
         if step.regions:
             blocks = [block for region in step.regions for block in _at(region, "blocks", list, step.where)]
             attributes["regions"] = tuple(
-                self._sub_block(block, f"block {i} of {step.where}", name) for i, block in enumerate(blocks)
+                self._sub_block(block, f"block {i} of {name!r}", name) for i, block in enumerate(blocks)
             )
         results: list[tuple[str, ...]] = []
         count = 0

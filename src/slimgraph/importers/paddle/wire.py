@@ -116,6 +116,10 @@ class Message:
         """A repeated message; `what` names it in errors."""
         return [Message(item, what) for item in self.data(field)]
 
+    def message(self, field: int, what: str) -> "Message":
+        """A message that occurs once; one that is left out reads like an empty one."""
+        return Message(self.one(self.data, field, memoryview(b"")), what)
+
     def one(self, read: Callable[[int], tuple[_T, ...]], field: int, default: _T | None = None) -> _T:
         """The only occurrence of a field, by one of the methods above: `message.one(message.integers, 3)`."""
         found = read(field)
