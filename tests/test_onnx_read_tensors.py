@@ -1,4 +1,4 @@
-"""Tensors of ONNX files: every element type, every place for the data, and no more memory than the files account for."""
+"""Tensors of ONNX files: every type, every place for the data, and no more memory than the files account for."""
 
 import os
 import subprocess
@@ -97,7 +97,7 @@ def test_every_type_of_the_table_is_one_of_onnx():
 )
 @pytest.mark.parametrize("raw", [True, False])
 def test_integers_below_eight_bits_get_a_byte_each(kind, content, numbers, raw):
-    if kind not in TensorProto.DataType.keys():
+    if kind not in dict(TensorProto.DataType.items()):
         pytest.skip(f"this version of onnx does not know {kind}")
     data = {"raw_data": content} if raw else {"int32_data": content}
     proto = tensor_proto(data_type=TensorProto.DataType.Value(kind), dims=[1, 5], **data)

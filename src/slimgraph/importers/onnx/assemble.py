@@ -82,9 +82,11 @@ class Assembler:
         if not proto.output:
             raise ModelImportError("its graph has no output, so there is nothing to compute.")
         for info in outline.inputs:
-            if info.type.WhichOneof("value") != "tensor_type":
-                kind = info.type.WhichOneof("value") or "nothing at all"
-                raise ModelImportError(f"its input {shown(info.name)} is of type {kind}, and programs take tensors.")
+            kind = info.type.WhichOneof("value") or "no type"
+            if not info.type.tensor_type.elem_type:
+                raise ModelImportError(
+                    f"its input {shown(info.name)} is not a tensor of a known type ({kind.replace('_', ' ')})."
+                )
         return self._graph(outline)
 
     # Outlines
@@ -163,7 +165,8 @@ class Assembler:
     # From an outline to a graph
 
     def _graph(self, outline: _Outline) -> Graph:
-        tensors, types = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        types = {self._values.of(info.name): type_name(info.type.tensor_type.elem_type) for info in outline.inputs}
         for name, constant in outline.constants.items():
             tensors[name], types[name] = self._tensor(constant, name)
         names = self._node_names(outline.steps)

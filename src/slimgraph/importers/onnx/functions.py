@@ -39,7 +39,10 @@ def inline_functions(proto: ModelProto) -> None:
         functions[key] = function
     _require_bounded(proto, functions)
     _unite_versions(proto, functions)
-    _Inliner(functions, proto.graph).replace(proto.graph)
+    try:
+        _Inliner(functions, proto.graph).replace(proto.graph)
+    except UnicodeDecodeError as error:  # protobuf reads such names, but does not write them
+        raise ModelImportError("a name in its functions is not in UTF-8. The file is damaged.") from error
     del proto.functions[:]
 
 

@@ -1,4 +1,7 @@
-"""An ONNX model as plain data: checked, in running order, its weights as tensors."""
+"""An ONNX model as plain data: checked, in running order, its weights as tensors.
+
+What holds tensors is compared by identity, since tensors cannot be compared to one truth value.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Value:
     """A word is a free axis with that name, None one of which nothing is said, and no tuple an unknown rank."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Node:
     """One operator at work."""
 
@@ -44,7 +47,7 @@ class Node:
                     yield part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Graph:
     """Nodes in an order in which they can run, and what they start from; nothing that no output needs."""
 
@@ -56,12 +59,12 @@ class Graph:
     tensors: Mapping[str, torch.Tensor]
     """Initializers and constants by value name, dense; integers below eight bits as int8 or uint8."""
     types: Mapping[str, str]
-    """ONNX element type of each tensor, such as "INT4"."""
+    """ONNX element type of each tensor and input, such as "INT4"."""
     captures: tuple[str, ...] = ()
     """Values of the graphs around this one that it reads, itself or in its own subgraphs; none for a model's graph."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
     """A graph, and the versions of the operators in it."""
 
