@@ -62,6 +62,8 @@ class Step:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     version: int = 0
     """Of the operator set."""
+    types: tuple[str, ...] = ()
+    """Element type of each input in the words of the file, which knows 4-bit integers; "" where it does not say."""
 
     @property
     def bodies(self) -> Iterator["Body"]:
@@ -319,9 +321,12 @@ class Interpreted(nn.Module):
         return self.tensor(name, values)
 
 
+_INDICES = (torch.int64, torch.int32, torch.bool)  # narrower integers of several axes are quantized weights
+
+
 def _small(tensor: Tensor) -> bool:
     """Whether it can be a shape, a list of axes, scales, or an index: what is asked for while importing."""
-    return tensor.dim() <= 1 or not tensor.is_floating_point()
+    return tensor.dim() <= 1 or tensor.dtype in _INDICES
 
 
 def _trained(steps: Sequence[Step]) -> set[str]:
@@ -333,8 +338,9 @@ def _trained(steps: Sequence[Step]) -> set[str]:
     return weights - others
 
 
-def _prepared(steps: Sequence[Step], tensors: dict[str, Tensor]) -> tuple[tuple[Step, ...], dict[str, Tensor]]:
+def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tuple[Step, ...], dict[str, Tensor]]:
     """The steps as their operators want them, and what is stored for these."""
+    result = dict(tensors)
     readers: dict[str, list[Operator]] = {}
     for step in every(steps):
         for name in step.inputs:
@@ -351,7 +357,7 @@ def _prepared(steps: Sequence[Step], tensors: dict[str, Tensor]) -> tuple[tuple[
         found = step.operator.prepare(step, own) if step.operator.prepare else None
         if found is None:
             return step
-        tensors.update(found[1])
+        result.update(found[1])
         return found[0]
 
     def each(attribute: Any) -> Any:
@@ -361,10 +367,7 @@ def _prepared(steps: Sequence[Step], tensors: dict[str, Tensor]) -> tuple[tuple[
             return replace(attribute, steps=tuple(of_one(step) for step in attribute.steps))
         return attribute
 
-    return tuple(of_one(step) for step in steps), tensors
-
-
-_ATTRIBUTES = frozenset(dir(nn.Module()))
+    return tuple(of_one(step) for step in steps), result
 
 
 def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -> dict[str, str]:
@@ -372,12 +375,13 @@ def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -
 
     A name that would be a level of another one (`a` beside `a.b`), or an attribute of modules, gets an underscore.
     """
+    own = {*dir(nn.Module()), *dir(module)}
     levels = {name[:i] for name in tensors for i, sign in enumerate(name) if sign == "."}
     taken: set[str] = set()
     paths = {}
     for name, tensor in tensors.items():
-        path = ".".join(f"{part}_" if not part or part in _ATTRIBUTES else part for part in name.split("."))
-        while path in levels or path in taken or (path.count(".") == 0 and path in module.__dict__):
+        path = ".".join(f"{part}_" if not part or part in own else part for part in name.split("."))
+        while path in levels or path in taken:
             path += "_"
         taken.add(path)
         is_weight = name in trained and tensor.is_floating_point() and tensor.numel() > 1

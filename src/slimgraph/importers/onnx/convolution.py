@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimgraph.importers.host import product
 from slimgraph.importers.steps import Call, Operator
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -76,7 +77,7 @@ def _conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None =
             reach = strides[axis] * (x.shape[axis + 2] - 1) + extra[axis] + (kernel[axis] - 1) * dilations[axis] + 1
             total = reach - size
             small, large = total // 2, total - total // 2
-            pads[axis], pads[axis + axes] = (large, small) if auto == "SAME_LOWER" else (small, large)
+            pads[axis], pads[axis + axes] = (small, large) if auto == "SAME_UPPER" else (large, small)
     before, after = pads[:axes], pads[axes:]
     group = call.int("group", 1)
     if before == after and all(isinstance(size, int) and size >= 0 for size in before):
@@ -122,7 +123,11 @@ def _max_pool(call: Call, x: Tensor) -> Any:
         return pool(x, kernel, strides, before, dilations, ceil)
     pooled, places = pool(x, kernel, strides, before, dilations, ceil, return_indices=True)
     # PyTorch counts within a channel, ONNX over the whole tensor.
-    size = x[0, 0].numel()
+    size = product(x.shape[2:])
+    if call.int("storage_order", 0):  # the last axis but one runs fastest
+        if x.dim() != 4:
+            raise call.error(f"it counts places by columns, of {x.dim() - 2} axes")
+        places = places % x.shape[3] * x.shape[2] + places // x.shape[3]
     offsets = torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(x.shape[:2] + (1,) * (x.dim() - 2)) * size
     return pooled, places + offsets
 
@@ -138,31 +143,32 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
     )
     if symmetric and set(dilations) == {1}:
         return pool(x, kernel, strides, before, ceil, counted)
-    if set(dilations) != {1}:
-        raise call.error(f"PyTorch has no average pool with dilations {dilations}")
     extra = _last_windows(x, kernel, strides, dilations, before, after) if ceil else [0] * len(kernel)
-    real = torch.ones_like(x[:1, :1])
-    if counted:
-        real = padded(real, before, after, 1.0)
-    zeros = [0] * len(kernel)
-    behind = [a + e for a, e in zip(after, extra, strict=True)]
-    real = padded(real, zeros, extra) if counted else padded(real, before, behind)
-    return pool(padded(x, before, behind), kernel, strides) / pool(real, kernel, strides)
+    none = [0] * len(kernel)
+    counts = padded(torch.ones_like(x[:1, :1]), before, after, float(counted))
+    sums = [
+        _sums(call, t, kernel, strides, dilations)
+        for t in (padded(padded(x, before, after), none, extra), padded(counts, none, extra))
+    ]
+    return sums[0] / sums[1]
+
+
+def _sums(call: Call, x: Tensor, kernel: list[int], strides: list[int], dilations: list[int]) -> Tensor:
+    """Sum of each window of each channel."""
+    ones = torch.ones((1, 1, *kernel), dtype=x.dtype, device=x.device)
+    convolve = _spatial(call, _CONVOLUTIONS, x)
+    return (
+        convolve(x.flatten(0, 1).unsqueeze(1), ones, None, strides, 0, dilations).squeeze(1).unflatten(0, x.shape[:2])
+    )
 
 
 def _lp_pool(call: Call, x: Tensor) -> Tensor:
     kernel = call.ints("kernel_shape") or []
     strides, dilations, before, after = window(call, x, kernel)
-    if set(dilations) != {1}:
-        raise call.error(f"PyTorch has no pool of norms with dilations {dilations}")
     p = call.int("p", 2)
     if call.int("ceil_mode", 0):
         after = [a + e for a, e in zip(after, _last_windows(x, kernel, strides, dilations, before, after), strict=True)]
-    powers = padded(x.abs().pow(p), before, after)
-    elements = 1
-    for size in kernel:
-        elements *= size
-    return (_spatial(call, _AVERAGE_POOLS, x)(powers, kernel, strides) * elements).pow(1.0 / p)
+    return _sums(call, padded(x.abs().pow(p), before, after), kernel, strides, dilations).pow(1.0 / p)
 
 
 def _spatial_axes(x: Tensor) -> list[int]:

@@ -1,5 +1,6 @@
 """Operators of ONNX that ask for shapes, make them, and rearrange what is there."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -226,12 +227,12 @@ def _gather_known(call: Call, x: Host, indices: Host) -> Host:
     return Host(np.asarray(np.take(x.array, places, axis=call.int("axis", 0)), dtype=object), x.dtype)
 
 
-def _range_known(call: Call, start: Host, limit: Host, delta: Host) -> Any:
+def _range(call: Call, start: Host, limit: Host, delta: Host) -> Any:
     if start.known and limit.known and delta.known:
-        count = -((start.number - limit.number) // delta.number)
+        count = max(math.ceil((limit.number - start.number) / delta.number), 0)
         if count > LARGEST:
-            raise call.error(f"it counts to {count}")
-        return Host.of([start.number + i * delta.number for i in range(max(int(count), 0))], start.dtype)
+            raise call.error(f"it counts {count} numbers")
+        return Host.of([start.number + i * delta.number for i in range(count)], start.dtype)
     return torch.arange(start.number, limit.number, delta.number, dtype=start.dtype)
 
 
@@ -301,6 +302,8 @@ def _depth_to_space(call: Call, x: Tensor) -> Tensor:
 
 def _space_to_depth(call: Call, x: Tensor) -> Tensor:
     block = call.int("blocksize", 1)
+    if call.text("mode", "DCR") == "CRD":
+        return F.pixel_unshuffle(x, block)
     n, c, h, w = x.shape
     apart = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
     return apart.reshape(n, c * block**2, h // block, w // block)
@@ -320,8 +323,8 @@ OPERATORS: dict[str, Operator] = {
     "Gather": Operator(run=_gather, host=_gather_known, weights=(0,)),
     "Expand": Operator(run=_expand, host=_expand_known, static=(1,)),
     "Tile": Operator(run=_tile, host=_tile_known, static=(1,)),
-    "Range": Operator(host=_range_known),
-    "ConstantOfShape": Operator(host=_constant_of_shape),
+    "Range": Operator(run=_range, host=_range, static=(0, 1, 2)),
+    "ConstantOfShape": Operator(run=_constant_of_shape, host=_constant_of_shape, static=(0,)),
     "Identity": Operator(run=_identity, host=_identity),
     "Pad": Operator(run=_pad, static=(1, 2, 3)),
     "DepthToSpace": Operator(run=_depth_to_space),
