@@ -1,6 +1,7 @@
 """Compression from end to end: what is written, what is told, and that it is all or nothing."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -326,6 +327,36 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(tmp_path
     with pytest.raises(OutputError, match=r"report.json is a folder"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("refused", [*FILES, "model.onnx.data"])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_move_that_fails_midway_leaves_the_older_files_and_no_newer_one(links, refused, error, monkeypatch, tmp_path):
+    older = {name: f"older {name}" for name in FILES}
+    for name, content in older.items():
+        (tmp_path / name).write_text(content)
+    move = type(tmp_path).replace
+
+    def fail(path, place):
+        if place == tmp_path / refused and path.read_text() == "newer":
+            raise error
+        return move(path, place)
+
+    def refuse(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    def write():
+        with staging(tmp_path) as folder:
+            for name in (*FILES, "model.onnx.data"):  # the last one has no older sibling
+                (folder / name).write_text("newer")
+            monkeypatch.setattr(type(tmp_path), "replace", fail)
+            if not links:
+                monkeypatch.setattr(os, "link", refuse)
+
+    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
+        write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == older
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):

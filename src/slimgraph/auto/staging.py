@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +15,7 @@ def staging(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder whose files move to the folder `out` when the block ends well.
 
     When it raises, nothing of it stays: an older result is untouched, and a folder that was made for this one is gone.
+    When a file cannot be moved, those that were moved before it are taken back, and older ones return to their places.
     Folders within the temporary one are not moved. It lies inside of `out`, not beside it: what is mounted there may be
     a file system of its own, and only within one is a move at once and whole.
 
@@ -49,8 +50,28 @@ def _move_files(source: Path, target: Path) -> None:
         raise OutputError(
             f"{blocked[0]} is a folder, where a file is to be written. Move it away, or give another one."
         )
+    older = source / "older"
+    older.mkdir()
+    with ExitStack() as undo:  # an interruption too must not leave files of two results
+        try:
+            for path in files:
+                place = target / path.name
+                if os.path.lexists(place):
+                    _keep(place, older / path.name)
+                    undo.callback((older / path.name).replace, place)
+                else:
+                    undo.callback(place.unlink, missing_ok=True)
+                path.replace(place)
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write into {target}: {error.strerror}. Give a folder that is writable."
+            ) from error
+        undo.pop_all()
+
+
+def _keep(place: Path, older: Path) -> None:
+    """Give a file a second name, so that there is one under the first at every moment."""
     try:
-        for path in files:
-            path.replace(target / path.name)
-    except OSError as error:
-        raise OutputError(f"Cannot write into {target}: {error.strerror}. Give a folder that is writable.") from error
+        os.link(place, older, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without hard links
+        place.replace(older)
