@@ -528,7 +528,12 @@ def test_files_that_are_missing_are_named_with_what_is_there(tmp_path, arguments
         read_model(tmp_path, **arguments)
 
 
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
+def test_a_path_that_is_no_model_is_refused(tmp_path):
+    write(tmp_path, linear_program(), linear_tensors())
+    with pytest.raises(ModelImportError, match=r"has the parameters of a model\. Give the folder"):
+        read_model(tmp_path / "inference.pdiparams")
+    with pytest.raises(ModelImportError, match=r"is a file, so model_filename \(a\) says nothing"):
+        read_model(tmp_path / "inference.pdmodel", model_filename="a")
     with pytest.raises(ModelImportError, match="There is no file or folder"):
         read_model(tmp_path / "nothing")
 

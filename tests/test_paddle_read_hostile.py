@@ -94,7 +94,11 @@ def refused(folder, model, tensors, message):
             ),
             "changes 'a', which is no tensor",
         ),
-        (simple_program([feed("x", 0)], Y), r"\(feed\) has the column 0, which an earlier feed has too"),
+        (simple_program([feed("x", 0)], Y), r"\(feed\) has the column 0; it must be a number that no other feed has"),
+        (
+            simple_program([Op("feed", {}, {"Out": ["y"]}, attribute("col", 2, text(5, "a")))], Y),
+            r"\(feed\) has the column a; it must be a number",
+        ),
         (simple_program([feed("w", 1)], Y, {"w": torch.ones(2)}), "feeds the parameter 'w'"),
         (
             simple_program([Op("feed", {}, {"Out": ["x", "y"]}, integer("col", 3))], Y),

@@ -3,7 +3,7 @@
 Field numbers are those of `framework.proto`, which Paddle publishes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -160,8 +160,10 @@ def _by_column(steps: Iterable[_Step], kind: str) -> list[_Step]:
     for step in steps:
         if step.kind == kind:
             column = step.attributes.get("col", 0)
-            if column in found:
-                raise ModelImportError(f"{step.where} has the column {column}, which an earlier {kind} has too.")
+            if type(column) is not int or column in found:
+                raise ModelImportError(
+                    f"{step.where} has the column {str(column)[:80]}; it must be a number that no other {kind} has."
+                )
             found[column] = step
     return [found[column] for column in sorted(found)]
 
@@ -200,25 +202,46 @@ class _Versions:
         return self.values[name]
 
 
-def _sub_blocks(blocks: list[Message], layer_names: Names) -> dict[int, Block]:
-    found: dict[int, Block] = {}
-    for index, message in enumerate(blocks[1:], start=1):
-        steps = _steps(message, index)
-        names = name_operators([(step.kind, ()) for step in steps], layer_names, owner=f"block_{index}")
-        found[index] = Block(
-            operators=tuple(
-                Operator(
-                    name=name,
-                    kind=step.kind,
-                    generation="program",
-                    inputs=step.inputs,
-                    outputs=step.outputs,
-                    attributes=step.attributes,
-                )
-                for name, step in zip(names, steps, strict=True)
-            )
+_Arguments = Mapping[str, tuple[str, ...]]
+
+
+def _operators(
+    steps: list[_Step], arguments: list[tuple[_Arguments, _Arguments]], layers: list[str]
+) -> tuple[Operator, ...]:
+    """The operators of a block, from what is written, the names of what goes in and out, and their own names."""
+    return tuple(
+        Operator(
+            name=layer,
+            kind=step.kind,
+            generation="program",
+            inputs=MappingProxyType(dict(inputs)),
+            outputs=MappingProxyType(dict(outputs)),
+            attributes=step.attributes,
         )
-    return found
+        for step, (inputs, outputs), layer in zip(steps, arguments, layers, strict=True)
+    )
+
+
+def _main_block(
+    steps: list[_Step], versions: _Versions, names: Names, parameters: Container[str]
+) -> tuple[Operator, ...]:
+    """The operators of the outermost block, in single assignment."""
+    arguments: list[tuple[_Arguments, _Arguments]] = [
+        (
+            {key: tuple(versions.read(name, step.where) for name in found) for key, found in step.inputs.items()},
+            {key: tuple(versions.write(name, step.where) for name in found) for key, found in step.outputs.items()},
+        )
+        for step in steps
+    ]
+    owned = [[name for found in inputs.values() for name in found if name in parameters] for inputs, _ in arguments]
+    kinds = [step.kind for step in steps]
+    return _operators(steps, arguments, name_operators(list(zip(kinds, owned, strict=True)), names))
+
+
+def _sub_block(steps: list[_Step], index: int, names: Names) -> Block:
+    """A block inside another, as it is written."""
+    layers = name_operators([(step.kind, ()) for step in steps], names, owner=f"block_{index}")
+    return Block(operators=_operators(steps, [(step.inputs, step.outputs) for step in steps], layers))
 
 
 def _check_references(operators: Iterable[Operator], known: Mapping[int, Block]) -> None:
@@ -264,33 +287,12 @@ def parse_program(data: bytes) -> PaddleModel:
             raise ModelImportError(f"{feed.where} feeds the parameter {variable[:200]!r}.")
         inputs.append(versions.tensor(versions.write(variable, feed.where), feed.where))
 
-    inner = [step for step in steps if step.kind not in ("feed", "fetch")]
-    owned = {value.name for value in parameters.values()}
-    resolved = [
-        (
-            {key: tuple(versions.read(name, step.where) for name in names) for key, names in step.inputs.items()},
-            {key: tuple(versions.write(name, step.where) for name in names) for key, names in step.outputs.items()},
-        )
-        for step in inner
-    ]
-    layer_names = Names()
-    layers = name_operators(
-        [
-            (step.kind, [name for names in read.values() for name in names if name in owned])
-            for step, (read, _) in zip(inner, resolved, strict=True)
-        ],
-        layer_names,
-    )
-    operators = tuple(
-        Operator(
-            name=layer,
-            kind=step.kind,
-            generation="program",
-            inputs=MappingProxyType(read),
-            outputs=MappingProxyType(written),
-            attributes=step.attributes,
-        )
-        for layer, step, (read, written) in zip(layers, inner, resolved, strict=True)
+    names = Names()
+    operators = _main_block(
+        [step for step in steps if step.kind not in ("feed", "fetch")],
+        versions,
+        names,
+        {value.name for value in parameters.values()},
     )
     fetches = _by_column(steps, "fetch")
     if not fetches:
@@ -298,9 +300,8 @@ def parse_program(data: bytes) -> PaddleModel:
             "it has no fetch operator, so nothing says what its outputs are. Save it with "
             "paddle.static.save_inference_model or paddle.jit.save."
         )
-    subblocks = _sub_blocks(blocks, layer_names)
-    for block in (operators, *(block.operators for block in subblocks.values())):
-        _check_references(block, subblocks)
+    subblocks = {i: _sub_block(_steps(block, i), i, names) for i, block in enumerate(blocks[1:], start=1)}
+    _check_references([*operators, *(each for block in subblocks.values() for each in block.operators)], subblocks)
     return PaddleModel(
         generation="program",
         version=version,

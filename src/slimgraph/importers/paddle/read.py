@@ -103,6 +103,8 @@ def read_model(
     given = Path(path)
     try:
         if given.is_file():
+            if given.suffix == ".pdiparams":
+                raise ModelImportError(f"{given} has the parameters of a model. Give the folder, or the model's file.")
             if model_filename is not None:
                 raise ModelImportError(f"{given} is a file, so model_filename ({model_filename}) says nothing.")
             folder, model_filename = given.parent, given.name
