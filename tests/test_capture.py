@@ -671,9 +671,30 @@ class Misfits(nn.Module):
         return x @ torch.ones(7, 3)
 
 
+class Selects(nn.Module):
+    def forward(self, x):
+        y = x[x > 0.5]
+        return y * 2
+
+
+class Finds(nn.Module):
+    def forward(self, x):
+        places = torch.nonzero(x)
+        return {"sum": x.sum(1), "places": places}
+
+
+class Counts(nn.Module):
+    def forward(self, x):
+        n = (x > 0).sum().item()
+        return torch.zeros(n)
+
+
 @pytest.mark.parametrize(
     ("kind", "line", "reason"),
     [
+        (Selects, "y = x[x > 0.5]", "the size of an output depends on what `index` finds in the data"),
+        (Finds, "places = torch.nonzero(x)", "the size of an output depends on what `nonzero` finds in the data"),
+        (Counts, "n = (x > 0).sum().item()", "the size of an output depends on what `item` finds in the data"),
         (Branches, "if x.sum() > 0:", "data-dependent"),
         (Leaves, "y = x.detach().numpy()", "numpy() is not supported"),
         (Misfits, "return x @ torch.ones(7, 3)", "must have same reduction dim"),
@@ -689,6 +710,14 @@ def test_a_failure_names_the_line_of_the_users_code_and_the_reason(kind, line, r
     assert reason in message
     assert "\n" not in message
     assert capfd.readouterr().err == ""  # torch.export's own pages stay away
+
+
+def test_sizes_that_depend_on_data_are_free_to_be_used_inside():
+    class MeanOfPositives(nn.Module):
+        def forward(self, x):
+            return x - x[x > 0].mean()
+
+    assert capture(MeanOfPositives(), X).signature.outputs[0].shape == ("batch", *X.shape[1:])
 
 
 def test_a_module_that_computes_differently_from_call_to_call_is_refused():

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from slimgraph.errors import CaptureError, ConfigError, closest
 from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten, key_name
-from slimgraph.program.names import name_captured_graph
+from slimgraph.program.names import name_captured_graph, operator_name
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.stochastic import restore_training_behaviour
 from slimgraph.program.tied import read_under_own_names
@@ -241,6 +243,7 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
             )
     except Exception as error:  # whatever the user's code raises, and a dozen unrelated classes of torch.export's own
         raise CaptureError(f"{type(module).__name__} cannot be captured{_place(error)}: {_summary(error)}") from error
+    _refuse_data_dependent_outputs(exported, type(module).__name__)
     program = flatten(exported, free_axes, call.positional)
     leaves = {name for name, part in module.named_modules() if not any(part.children())}
     name_captured_graph(program.graph, leaves)
@@ -268,11 +271,36 @@ def _quiet() -> Iterator[None]:
             logger.disabled = was
 
 
+def _refuse_data_dependent_outputs(exported: torch.export.ExportedProgram, module: str) -> None:
+    """Raise where the shape of an output depends on numbers in the inputs: no signature can say it."""
+    returned = exported.graph.output_node().all_input_nodes
+    sizes = {size for node in returned for size in _data_dependent_sizes(node)}
+    for node in exported.graph.nodes:
+        if sizes & _data_dependent_sizes(node):
+            frames = re.findall(r'File "(.+)", line (\d+), in .*\n\s*(.+)', node.meta.get("stack_trace") or "")
+            raise CaptureError(
+                f"{module} cannot be captured{_named(frames)}: the size of an output depends on what "
+                f"`{operator_name(node.target)}` finds in the data, and a program's outputs have sizes that follow "
+                "from those of its inputs. Return a mask or scores, and select outside of the module."
+            )
+
+
+def _data_dependent_sizes(node: fx.Node) -> set[Any]:
+    value = node.meta.get("val")
+    return set(free_unbacked_symbols(value)) if isinstance(value, (Tensor, torch.SymInt)) else set()
+
+
 def _place(error: BaseException) -> str:
-    """Where in the user's code an error arose: the innermost frame that is neither PyTorch's nor ours."""
+    """Where in the user's code an error arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _named([(frame.filename, frame.lineno, frame.line) for frame in frames])
+
+
+def _named(frames: Sequence[tuple[str, object, object]]) -> str:
+    """The innermost frame that is neither PyTorch's nor ours, in words."""
     elsewhere = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(elsewhere)]
-    return f", because of {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+    frames = [frame for frame in frames if not frame[0].startswith(elsewhere)]
+    return ", because of {}:{}, `{}`".format(*frames[-1]) if frames else ""
 
 
 def _summary(error: BaseException) -> str:
