@@ -34,6 +34,10 @@ _COPIES = (
 )
 
 
+# Importers keep types and layouts by operators that mostly change nothing.
+_CONVERSIONS = (aten.to.dtype, aten.type_as.default, aten.contiguous.default, aten.alias.default)
+
+
 def fake_of(value: Any) -> Tensor | None:
     """The tensor without elements that tells type and shape of what a node produces; None where it is no tensor."""
     fake = value.meta.get("val") if isinstance(value, fx.Node) else None
@@ -64,6 +68,14 @@ def number_of(value: Any) -> float | None:
         else:
             value = tensor.item()
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _idle(node: fx.Node) -> bool:
+    """Whether a node converts a tensor to the type that it has."""
+    if node.target not in _CONVERSIONS:
+        return False
+    before, after = fake_of(node.args[0]), fake_of(node)
+    return before is not None and after is not None and before.dtype == after.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +254,9 @@ class Call(Pattern):
     settings: Mapping[str, Pattern] = field(default_factory=dict)
 
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
-        if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.targets:
-            return
-        if len(value.args) < len(self.inputs):
+        while isinstance(value, fx.Node) and value.target not in self.targets and _idle(value):
+            match, value = match.through(value), value.args[0]
+        if not isinstance(value, fx.Node) or value.target not in self.targets or len(value.args) < len(self.inputs):
             return
         found = iter((match.through(value),))
         for pattern, given in zip(self.inputs, value.args, strict=False):
@@ -342,7 +354,8 @@ class Commutative(Pattern):
                 return
             seen.add(key)
             for node, weight in spelling.weights.items():
-                if (parts := self._taken_apart(node, weight)) is not None:
+                parts = ((node.args[0], weight),) if _idle(node) else self._taken_apart(node, weight)
+                if parts is not None:
                     yield from visit(self._expanded(spelling, node, parts))
             yield spelling
 
@@ -527,6 +540,8 @@ def _limits(node: fx.Node) -> tuple[Any, float, float] | None:
             limits = [*given, None]
         case aten.clamp_max.default | aten.clamp_max.Tensor:
             limits = [given[0], None, given[1]]
+        case _ if _idle(node):
+            limits = [given[0], None, None]
         case aten.maximum.default:
             limits = [*_constant_last(given), None]
         case aten.minimum.default:

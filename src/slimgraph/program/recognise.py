@@ -89,7 +89,11 @@ def greatest(value: Operand) -> Pattern:
 
 def variance(value: Pattern) -> Pattern:
     """Over the axes of the formula, of the whole population."""
-    return mean((value - mean(value)) ** 2) | call(aten.var.correction)(value, dim=axes, correction=0, keepdim=True)
+    return first_of(
+        mean((value - mean(value)) ** 2),
+        call(aten.var.correction)(value, dim=axes, correction=0.0, keepdim=True),
+        call(aten.var.dim)(value, dim=axes, unbiased=False, keepdim=True),
+    )
 
 
 def standardized(value: Pattern) -> Pattern:
