@@ -455,6 +455,21 @@ def test_parameters_are_read_into_their_own_memory_and_nowhere_else(tmp_path):
     assert peak < 2**20  # of 16 MiB in the file
 
 
+def test_a_parameter_of_pir_may_be_written_in_its_long_form(tmp_path):
+    tensors = {"conv1_weights": torch.ones(2)}
+    long = operation(
+        "0.parameter",
+        [],
+        [result(2, dense(torch.float32, (2,)))],
+        [named("parameter_name", "0.a_str", "conv1_weights")],
+    )
+    model = pir([data(1), long, operation("1.add", [1, 2], [result(3, F32)]), fetched(3)])
+    found = read_model(write(tmp_path, model, tensors))
+    assert found.operators[0].reads == ["x", "conv1_weights"]
+    assert found.operators[0].name == "conv1"
+    assert found.tensors["conv1_weights"].tolist() == [1, 1]
+
+
 # ---- finding the files
 
 

@@ -171,6 +171,8 @@ def test_a_program_that_is_damaged_or_contradicts_itself_is_refused(tmp_path, mo
             "stands inside 'if_0'; it belongs into the outermost block",
         ),
         (["relu"], "is 'relu', where dict was expected"),
+        ([operation("0.parameter", [], [], [named("parameter_name", "0.a_str", "w")])], "must give exactly one tensor"),
+        ([operation("0.parameter", [], [result(1, F32)])], "attribute 'parameter_name' of .* is 'None', where str"),
     ],
 )
 def test_a_pir_program_that_contradicts_itself_is_refused(tmp_path, operations, message):
