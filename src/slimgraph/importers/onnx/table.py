@@ -5,7 +5,21 @@ from itertools import count
 from typing import Any
 
 from slimgraph.errors import ModelImportError, closest
-from slimgraph.importers.onnx import activation, arithmetic, control, convolution, sequence, shape
+from slimgraph.importers.onnx import (
+    activation,
+    arithmetic,
+    control,
+    convolution,
+    indexing,
+    losses,
+    normalization,
+    reduction,
+    resize,
+    sampling,
+    sequence,
+    shape,
+    signals,
+)
 from slimgraph.importers.onnx.graph import Graph, Node
 from slimgraph.importers.steps import Body, Operator, Step
 
@@ -15,6 +29,13 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
         **activation.OPERATORS,
         **convolution.OPERATORS,
         **shape.OPERATORS,
+        **normalization.OPERATORS,
+        **reduction.OPERATORS,
+        **indexing.OPERATORS,
+        **resize.OPERATORS,
+        **sampling.OPERATORS,
+        **signals.OPERATORS,
+        **losses.OPERATORS,
         **control.OPERATORS,
         **sequence.OPERATORS,
     },
