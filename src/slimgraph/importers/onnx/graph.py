@@ -4,7 +4,7 @@ What holds tensors is compared by identity, since tensors cannot be compared to 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, Union
 
 import torch
@@ -18,9 +18,11 @@ class Value:
 
     name: str
     dtype: torch.dtype | None
-    """None where the file does not say, or where the value is no tensor; never None for an input of the model."""
+    """None where the file does not say, or PyTorch has no such values; never None for an input of the model."""
     shape: tuple[int | str | None, ...] | None
     """A word is a free axis with that name, None one of which nothing is said, and no tuple an unknown rank."""
+    type: str = field(default="", compare=False)
+    """ONNX element type, such as "INT4", which is int8 here; empty where the file does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,7 +61,7 @@ class Graph:
     tensors: Mapping[str, torch.Tensor]
     """Initializers and constants by value name, dense; integers below eight bits as int8 or uint8."""
     types: Mapping[str, str]
-    """ONNX element type of each tensor and input, such as "INT4"."""
+    """ONNX element type of each tensor, such as "INT4"."""
     captures: tuple[str, ...] = ()
     """Values of the graphs around this one that it reads, itself or in its own subgraphs; none for a model's graph."""
 
