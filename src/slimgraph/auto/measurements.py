@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimgraph.auto.given_data import first_samples
-from slimgraph.auto.outcome import Model, Progress, counted, in_form_of, is_measured, measure_agreement, measure_metric
+from slimgraph.auto.outcome import Progress, counted, in_form_of, is_measured, measure_agreement, measure_metric
 from slimgraph.deploy.compare import Comparison, compare
 from slimgraph.deploy.kernels import KernelCount, count_kernels
 from slimgraph.deploy.latency import LatencyComparison, measure_latency
 from slimgraph.deploy.onnx_file import data_files, read_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.program.program import Program
+from slimgraph.program.signature import Signature
 from slimgraph.report.facts import MetricResult
 from slimgraph.training.data import DataSource
 
@@ -49,10 +50,7 @@ def measure(
     original_file: Path, compressed_file: Path, original: Program, compressed: Program, how: Judged, progress: Progress
 ) -> Measurements:
     """Everything that a report tells of the two models."""
-    before, after = (
-        in_form_of(compressed.signature, OnnxModel.open(file)) for file in (original_file, compressed_file)
-    )
-    metric = _quality(before, after, how, progress)
+    metric = _quality(original_file, compressed_file, compressed.signature, how, progress)
     progress("Measuring latency", 0, None)
     sample = next(first_samples(how.calibration, compressed.signature, 1, at_once=1))
     latency = measure_latency(compressed_file, sample, against=original_file, threads=how.threads)
@@ -69,7 +67,11 @@ def measure(
     )
 
 
-def _quality(original: Model, compressed: Model, how: Judged, progress: Progress) -> MetricResult:
+def _quality(
+    original_file: Path, compressed_file: Path, signature: Signature, how: Judged, progress: Progress
+) -> MetricResult:
+    # These sessions end here: each keeps the memory of its largest batch as long as it lives.
+    original, compressed = (in_form_of(signature, OnnxModel.open(file)) for file in (original_file, compressed_file))
     data = how.evaluation
     if data is not None and is_measured(how.metric, data):
         return measure_metric(
