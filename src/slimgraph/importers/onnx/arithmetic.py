@@ -117,6 +117,14 @@ def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)
 
 
+def _bit_cast(call: Call, x: Tensor) -> Tensor:
+    """The same bits, read as another type of as many."""
+    wanted = torch_type(call, call.int("to", onnx.TensorProto.FLOAT))
+    if wanted.itemsize != x.dtype.itemsize:
+        raise call.error(f"it reads {x.dtype} as {wanted}, which has another number of bits")
+    return x.view(wanted)
+
+
 def _clip(call: Call, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     if call.version < 11:
         low, high = call.attribute("min"), call.attribute("max")
@@ -206,4 +214,5 @@ OPERATORS: dict[str, Operator] = {
     "Clip": Operator(run=_clip, numbers=True),
     "Cast": Operator(run=_cast, host=_cast_known),
     "CastLike": Operator(run=_cast_like),
+    "BitCast": Operator(run=_bit_cast),
 }
