@@ -355,7 +355,7 @@ def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tup
             if name in tensors and all(reader is step.operator for reader in readers[name])
         }
         found = step.operator.prepare(step, own) if step.operator.prepare else None
-        if found is None:
+        if found is None or any(name in tensors and name not in own for name in found[1]):  # a name of another tensor
             return step
         result.update(found[1])
         return found[0]

@@ -13,6 +13,7 @@ from slimgraph.importers.onnx import (
     indexing,
     losses,
     normalization,
+    recurrent,
     reduction,
     resize,
     sampling,
@@ -37,6 +38,7 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
         **signals.OPERATORS,
         **losses.OPERATORS,
         **control.OPERATORS,
+        **recurrent.OPERATORS,
         **sequence.OPERATORS,
     },
 }
