@@ -13,6 +13,7 @@ from slimgraph.importers.onnx import (
     indexing,
     losses,
     normalization,
+    quantized,
     recurrent,
     reduction,
     resize,
@@ -40,6 +41,7 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
         **control.OPERATORS,
         **recurrent.OPERATORS,
         **sequence.OPERATORS,
+        **quantized.OPERATORS,
     },
 }
 """By domain; "" is ONNX's own."""
@@ -82,6 +84,8 @@ def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Map
             names[name] = next(new for k in count(1) if (new := f"{name}_{k}") not in taken)
             taken.add(names[name])
 
+    types = {**{value.name: value.type for value in graph.inputs}, **graph.types}
+
     def converted(attribute: Any) -> Any:
         if isinstance(attribute, tuple):
             return tuple(converted(part) for part in attribute)
@@ -98,6 +102,7 @@ def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Map
                 outputs=node.outputs,
                 attributes={name: converted(attribute) for name, attribute in node.attributes.items()},
                 version=opsets.get(node.domain, 0),
+                types=tuple(types.get(name, "") for name in node.inputs),
             )
             for node in graph.nodes
         ),
