@@ -61,9 +61,13 @@ class Host:
 
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """The same numbers as a tensor of the program."""
+        numbers = self.numbers
+        # Of one number a trace makes an operator, not a constant that needs a name; -0.0 is another one than 0.0.
+        if self.known and len(set(numbers)) == 1 == len(set(map(str, numbers))):
+            return torch.full(self.array.shape, numbers[0], dtype=self.dtype, device=device)
         if self.known:
             return torch.tensor(self.array.tolist(), dtype=self.dtype, device=device).reshape(self.array.shape)
-        parts = [torch.scalar_tensor(number, dtype=self.dtype, device=device) for number in self.numbers]
+        parts = [torch.scalar_tensor(number, dtype=self.dtype, device=device) for number in numbers]
         return torch.stack(parts).reshape(self.array.shape)
 
 

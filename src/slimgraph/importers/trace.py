@@ -227,6 +227,11 @@ def _check(program: Program, interpreted: Interpreted, attempt: _Attempt) -> Non
         ]
         found = _run(program, call)
         if samples > 1 and attempt.baked:  # what the graph says of several samples is what it says of each
+            for spec, x in zip(program.signature.outputs, found, strict=True):
+                if not x.dim() or x.shape[0] % samples:
+                    raise ModelImportError(
+                        f"Output {spec.name!r}, {list(x.shape)}, has no axis of {samples} samples first."
+                    )
             for sample in range(samples):
                 alone = _run(program, [x[sample : sample + 1] if i in batched else x for i, x in enumerate(call)])
                 among = [x.reshape(samples, -1, *x.shape[1:])[sample] for x in found]

@@ -191,7 +191,9 @@ def _expand(call: Call, x: Tensor, shape: Host) -> Tensor:
     return x.expand(sizes)
 
 
-def _expand_known(call: Call, x: Host, shape: Host) -> Host:
+def _expand_known(call: Call, x: Host, shape: Host) -> Any:
+    if not shape.known:
+        return _expand(call, x.tensor(), shape)
     sizes = shape.ints
     if product(sizes) > LARGEST:
         raise call.error(f"it makes {product(sizes)} numbers of a shape")
@@ -202,7 +204,9 @@ def _tile(call: Call, x: Tensor, repeats: Host) -> Tensor:
     return x.repeat(repeats.numbers)
 
 
-def _tile_known(call: Call, x: Host, repeats: Host) -> Host:
+def _tile_known(call: Call, x: Host, repeats: Host) -> Any:
+    if not repeats.known:
+        return _tile(call, x.tensor(), repeats)
     if x.array.size * product(repeats.ints) > LARGEST:
         raise call.error("it makes too many numbers of a shape")
     return Host(np.tile(x.array, repeats.ints), x.dtype)
