@@ -145,13 +145,6 @@ def test_a_folder():
     assert "folder" in refusal("inspect", "folder.onnx")
 
 
-def test_an_onnx_file_is_not_compressed_yet_and_the_message_says_so():
-    data = data_file()
-    message = refusal("compress", model_file("net.onnx"), "--data", data, "--out", "o")
-    assert "not there yet" in message
-    assert "not there yet" in refusal("convert", model_file("net.onnx"), "m.pt2")
-
-
 def test_options_of_a_factory_do_not_fit_a_file():
     assert "--input" in refusal("inspect", model_file("net.pt2"), "--input", "1,1,8,8")
     assert "--weights" in refusal("inspect", model_file("net.onnx"), "--weights", "w.safetensors")

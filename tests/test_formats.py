@@ -100,7 +100,18 @@ def test_a_file_that_breaks_the_rules_of_onnx_is_refused(tmp_path):
         formats._check_rules(tmp_path / "net.onnx")
 
 
-def test_an_onnx_file_cannot_be_loaded_yet(program, tmp_path):
+def test_an_onnx_file_is_loaded_and_becomes_a_pt2(program, tmp_path):
     save(program, tmp_path / "net.onnx")
-    with pytest.raises(ModelLoadError, match="not yet be loaded for compression"):
-        convert(tmp_path / "net.onnx", tmp_path / "net.pt2")
+    convert(tmp_path / "net.onnx", tmp_path / "net.pt2")
+    x = torch.rand(3, *program.signature.inputs[0].shape[1:])
+    torch.testing.assert_close(load(tmp_path / "net.pt2")(x), program(x))
+
+
+def test_options_of_one_kind_of_file_are_refused_for_another(program, tmp_path):
+    save(program, tmp_path / "net.pt2")
+    with pytest.raises(ConfigError, match="input_shapes is for ONNX and Paddle"):
+        load(tmp_path / "net.pt2", input_shapes=[[1, 3, 8, 8]])
+    with pytest.raises(ConfigError, match="model_filename and params_filename are for Paddle"):
+        load(tmp_path / "net.onnx", model_filename="x")
+    with pytest.raises(ModelLoadError, match="no such file"):
+        load(tmp_path / "net.onnx")

@@ -34,6 +34,7 @@ BESIDE = {("report", "deploy")}  # a report is made of what deploy has measured;
 # Where everything is caught, and why. Whatever stands here raises again, as an error that says what to do.
 BROAD_EXCEPTS = {
     "slimgraph.cli.command: command.run": "the edge: the user's factory, data and metric may raise anything",
+    "slimgraph.importers.trace: _exported": "torch.export raises a dozen unrelated classes about what it cannot trace",
     "slimgraph.program.archive: _loaded": "contradicting parts of a file meet any of torch's assertions",
     "slimgraph.program.capture: _traced": "runs the user's own code, which may raise anything",
     "slimgraph.program.shapes: _called": "runs an operator's shape function, which may raise anything",

@@ -7,36 +7,65 @@ from tempfile import TemporaryDirectory
 import torch
 
 from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputError
+from slimgraph.importers.trace import InputShapes
 from slimgraph.program.archive import load_program, save_program
 from slimgraph.program.cast import cast
 from slimgraph.program.program import Program
 
 _HALVES = {torch.float16, torch.bfloat16}
+_PADDLE = (".pdmodel", ".json", ".pdiparams")
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
 
-def load(path: str | os.PathLike[str]) -> Program:
-    """The program in a `.pt2` file, in evaluation mode on the CPU.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    input_shapes: InputShapes | None = None,
+    model_filename: str | None = None,
+    params_filename: str | None = None,
+) -> Program:
+    """The program in a model file, in evaluation mode on the CPU.
 
+    Args:
+        path: a `.pt2`, an `.onnx`, or the folder of a Paddle inference model (or its `.pdmodel` or `.json`).
+        input_shapes: sizes of axes that an ONNX or Paddle file leaves open, by input or in order: they are fixed to
+            these. 0 leaves one free.
+        model_filename: which file of the folder has the Paddle model, where it cannot be told.
+        params_filename: which one has its parameters.
     Raises:
         ModelLoadError: the file is missing, damaged, unsafe, of another kind, or from a newer slimgraph.
+        ModelImportError: the same of an ONNX or Paddle file, or it uses what cannot become a program.
+        ConfigError: an option does not belong to this kind of file.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".pt2" or not suffix or Path(path).is_dir():
-        return load_program(path)
-    if not Path(path).exists():
-        raise ModelLoadError(f"{os.fspath(path)} cannot be loaded: there is no such file.")
-    if suffix == ".onnx":
-        raise ModelLoadError(
-            f"{os.fspath(path)} is an ONNX file. It can be run and measured, but not yet be loaded for compression; "
-            "capture the module that it was exported from, or give its .pt2."
+    source = Path(path)
+    suffix = source.suffix.lower()
+    is_paddle = source.is_dir() or suffix in _PADDLE
+    if (model_filename or params_filename) and not is_paddle:
+        raise ConfigError(f"model_filename and params_filename are for Paddle models, and {source} is none.")
+    if input_shapes and not is_paddle and suffix != ".onnx":
+        raise ConfigError(f"input_shapes is for ONNX and Paddle models, and {source} knows its own.")
+    if not source.exists() and suffix in (".onnx", *_PADDLE):
+        raise ModelLoadError(f"{source} cannot be loaded: there is no such file.")
+    if is_paddle:
+        from slimgraph.importers.paddle.importer import import_paddle
+
+        return import_paddle(
+            source, model_filename=model_filename, params_filename=params_filename, input_shapes=input_shapes
         )
+    if suffix == ".onnx":
+        from slimgraph.importers.onnx.importer import import_onnx
+
+        return import_onnx(source, input_shapes=input_shapes)
+    if suffix == ".pt2" or not suffix:
+        return load_program(source)
+    if not source.exists():
+        raise ModelLoadError(f"{source} cannot be loaded: there is no such file.")
     if suffix in _PICKLES:
         raise ModelLoadError(
-            f"{os.fspath(path)} is a pickle by its name, which would run code of its author's choice while it is read, "
+            f"{source} is a pickle by its name, which would run code of its author's choice while it is read, "
             "so it is refused. Capture the module, and give its weights as safetensors."
         )
-    raise ModelLoadError(f"{os.fspath(path)} has the suffix {suffix!r}; give a .pt2 file.")
+    raise ModelLoadError(f"{source} has the suffix {suffix!r}; give a .pt2, an .onnx, or the folder of a Paddle model.")
 
 
 def save(program: Program, path: str | os.PathLike[str]) -> None:
@@ -59,7 +88,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
 def convert(
     source: Program | str | os.PathLike[str], out: str | os.PathLike[str], *, precision: str = "float32"
 ) -> None:
-    """Write a program, or the one in a file, in the form that the suffix of `out` names: `.onnx` or `.pt2`.
+    """Write a program, or the one in a model file, in the form that the suffix of `out` names: `.onnx` or `.pt2`.
 
     An ONNX file is checked before it gets its name: in float32, and quantized, it has to compute in ONNX Runtime what
     the program computes; docs/export.md says how closely. In half precision only ONNX's own rules are checked, since

@@ -12,7 +12,12 @@ from slimgraph.errors import ConfigError
 
 @command
 def convert(
-    model: Annotated[str, typer.Argument(metavar="IN", help="A .pt2 file, or package.module:factory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN", help="A .pt2 or .onnx file, the folder of a Paddle model, or package.module:factory."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, .onnx or .pt2.")],
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"],

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,12 +16,13 @@ from slimgraph.deploy.random_inputs import random_inputs
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.errors import ConfigError, ModelLoadError, closest
 from slimgraph.formats import load
+from slimgraph.importers.trace import InputShapes
 from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
 from slimgraph.training.callables import import_callable, is_reference
 
-_KINDS = "a .pt2 file, an .onnx file, or package.module:factory of an nn.Module"
+_KINDS = "a .pt2 file, an .onnx file, the folder of a Paddle model, or package.module:factory of an nn.Module"
 
 # What else people call a model, and what to do about it.
 _OTHER_SUFFIXES: Mapping[str, str] = MappingProxyType(
@@ -37,7 +38,7 @@ _OTHER_SUFFIXES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?", re.ASCII)
+_INPUT = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?", re.ASCII)
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -56,13 +57,13 @@ def open_model(
     """The model that MODEL names: a program, or an ONNX file in ONNX Runtime.
 
     Args:
-        text: a `.pt2` file, an `.onnx` file, or `package.module:factory`, which is imported and called.
-        inputs: what `--input` says of the factory's module.
+        text: a `.pt2` file, an `.onnx` file, a Paddle model, or `package.module:factory`, which is imported and called.
+        inputs: what `--input` says of the factory's module, or of axes that a Paddle model leaves open.
         weights: for the factory's module.
         seed: of the weights that a factory draws; the same one gives the same weights to every command.
     Raises:
         ModelLoadError: there is no such model, it is something else, damaged or unsafe.
-        ConfigError: `inputs` or `weights` are malformed, or the model is a file, which has its own.
+        ConfigError: `inputs` or `weights` are malformed, or the model is a file that has its own.
         CaptureError: the module cannot be captured.
     """
     return open_models([text], inputs=inputs, weights=weights, seed=seed)[0]
@@ -71,42 +72,71 @@ def open_model(
 def open_models(
     texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
 ) -> list[Program | OnnxModel]:
-    """As `open_model`, for several; `inputs` and `weights` are for those of them that are factories."""
-    factories = {text for text in texts if is_reference(text) and not Path(text).exists()}
-    if not factories and (inputs or weights is not None):
-        option = "--input" if inputs else "--weights"
-        raise ConfigError(f"{option} is for package.module:factory, but the model is {texts[0]}. Leave the option out.")
-    return [_captured(text, inputs or (), weights, seed) if text in factories else _from_file(text) for text in texts]
+    """As `open_model`, for several; `inputs` and `weights` are for those of them that can do with them."""
+    _require_use(texts, inputs, weights, importing=_is_paddle)
+    return [_opened(text, inputs, weights, seed, run_onnx=True) for text in texts]
 
 
 def open_program(
     text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
 ) -> Program:
-    """As `open_model`, where only a program will do.
-
-    Raises:
-        ModelLoadError: it is an ONNX file.
-    """
-    if Path(text).suffix.lower() == ".onnx" and Path(text).exists():
-        raise ModelLoadError(
-            f"{text} is an ONNX file: it can be inspected, run and measured, but importing ONNX in order to change "
-            "it is not there yet. Give the model as .pt2, or as package.module:factory."
-        )
-    model = open_model(text, inputs=inputs, weights=weights, seed=seed)
+    """As `open_model`, where only a program will do: an ONNX file is imported."""
+    _require_use([text], inputs, weights, importing=_is_foreign)
+    model = _opened(text, inputs, weights, seed, run_onnx=False)
     assert isinstance(model, Program)
     return model
 
 
-def _from_file(text: str) -> Program | OnnxModel:
+def _require_use(
+    texts: Sequence[str], inputs: Sequence[str] | None, weights: Path | None, *, importing: Callable[[str], bool]
+) -> None:
+    factories = [text for text in texts if _is_factory(text)]
+    if weights is not None and not factories:
+        raise ConfigError(
+            f"--weights is for package.module:factory, but the model is {texts[0]}. Leave the option out."
+        )
+    if inputs and not factories and not any(map(importing, texts)):
+        raise ConfigError(
+            f"--input is for package.module:factory and for files that are imported, but the model is {texts[0]}. "
+            "Leave the option out."
+        )
+
+
+def _is_factory(text: str) -> bool:
+    return is_reference(text) and not Path(text).exists()
+
+
+def _is_paddle(text: str) -> bool:
+    return Path(text).is_dir() or Path(text).suffix.lower() in (".pdmodel", ".json", ".pdiparams")
+
+
+def _is_foreign(text: str) -> bool:
+    return _is_paddle(text) or Path(text).suffix.lower() == ".onnx"
+
+
+def _opened(
+    text: str, inputs: Sequence[str] | None, weights: Path | None, seed: int, *, run_onnx: bool
+) -> Program | OnnxModel:
+    if _is_factory(text):
+        return _captured(text, inputs or (), weights, seed)
     path = Path(text)
-    suffix = path.suffix.lower()
-    if suffix not in (".pt2", ".onnx"):
+    if path.suffix.lower() != ".pt2" and not _is_foreign(text):
         raise ModelLoadError(_refusal(path))
     if not path.exists():
         raise ModelLoadError(f"There is no file {text}. {_beside(path)}Give {_KINDS}.")
-    if path.is_dir():
+    if path.is_dir() and path.suffix.lower() in (".pt2", ".onnx"):
         raise ModelLoadError(f"{text} is a folder. Give {_KINDS}.")
-    return OnnxModel.open(path) if suffix == ".onnx" else load(path)
+    if run_onnx and path.suffix.lower() == ".onnx":
+        return OnnxModel.open(path)
+    return load(path, input_shapes=_shapes(inputs) if _is_foreign(text) else None)
+
+
+def _shapes(texts: Sequence[str] | None) -> InputShapes | None:
+    """Shapes from the text of `--input`, of which the types do not count: files have their own."""
+    examples = parse_inputs(texts or ())
+    if isinstance(examples, dict):
+        return {name: list(x.shape) for name, x in examples.items()}
+    return [list(x.shape) for x in examples] or None
 
 
 def _refusal(path: Path) -> str:

@@ -15,14 +15,18 @@ if TYPE_CHECKING:  # it imports torch, which `slimgraph --help` does without
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A .pt2 file, an .onnx file, or package.module:factory of an nn.Module."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A .pt2 file, an .onnx file, the folder of a Paddle model, or package.module:factory of an nn.Module.",
+    ),
 ]
 Input = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
         metavar="[NAME=]SHAPE[:DTYPE]",
-        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64. Once for each input.",
+        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64; sizes that an ONNX or Paddle file leaves "
+        "open. Once for each input.",
         show_default=False,
     ),
 ]

@@ -1,16 +1,20 @@
 """Rewrite a program into the forms that ONNX runtimes have integer kernels for; values stay the same."""
 
+import re
+
 import torch
 from torch import fx
 
 import slimgraph.program.edit as edit
 from slimgraph.program.fold import fold_batch_norm
-from slimgraph.program.names import layer_of, set_names, value_of
+from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
 from slimgraph.program.simplify import remove_dropout
 
 aten = torch.ops.aten
+
+_INVENTED = re.compile(r"val_\d+")
 
 
 def prepare_for_onnx(program: Program) -> Program:
@@ -25,7 +29,24 @@ def prepare_for_onnx(program: Program) -> Program:
             _flat_linear(node)
         elif node.target is QUANTIZE:
             _clip_to_codes(node)
+    _keep_off_invented_names(prepared)
     return edit.finish(prepared)
+
+
+def _keep_off_invented_names(program: Program) -> None:
+    """Give other names to tensors that are called as the exporter calls its own: those of a file that it wrote before.
+
+    Two initializers of one name end in an error while it optimizes (onnxscript 0.7).
+    """
+    taken = edit.tensor_names(program.graph_module)
+    for node in list(program.graph.nodes):
+        tensor = edit.constant_of(program.graph_module, node)
+        if tensor is None or not _INVENTED.fullmatch(str(node.target)):
+            continue
+        name = unused(f"stored_{node.target}", taken)
+        edit.put(program.graph_module, name, tensor)
+        taken.add(name)
+        node.target = name
 
 
 def _flat_linear(node: fx.Node) -> None:

@@ -1,8 +1,8 @@
 """Run a graph that was read from a file, operator by operator, in plain PyTorch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ EVERY = range(2**16)
 
 MOST_ELEMENTS = 2**31
 """Of one value. A file can ask for more in a few bytes; no network that is trained has it."""
+
+_DEEPEST = 20
+"""Operators in a row that make a shape of constants."""
 
 MOST_STEPS = 2**17
 """In one run, loops unrolled: a few nested ones could go on for ever."""
@@ -170,6 +173,10 @@ class Call:
         """Whether anything reads the output `name`; "" is an output that is left out."""
         return bool(name) and name in self.module.read
 
+    def stored(self, index: SupportsIndex) -> bool:
+        """Whether an input is a tensor of the file, and not computed."""
+        return self.step.inputs[index] in self.module.stored
+
     def error(self, reason: str) -> ModelImportError:
         """An error about this step."""
         return ModelImportError(f"{describe(self.step)} cannot be imported: {reason}.")
@@ -214,6 +221,7 @@ class Interpreted(nn.Module):
         self._count = 0
         self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
+        self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
         self._hosts = {name: Host.read(t) for name, t in tensors.items() if t.numel() <= LARGEST and _small(t)}
         self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
         self._paths: dict[str, str] = {}
@@ -275,6 +283,18 @@ class Interpreted(nn.Module):
         value = values.get(name)
         return value if isinstance(value, Host) else self._hosts.get(name) if value is None else None
 
+    def _evaluated(self, name: str, values: dict[str, Value], depth: int = 0) -> Host | None:
+        """As `host`, also where it is computed of floating-point constants, which are the program's otherwise."""
+        known, step = self.host(name, values), self._makers.get(name)
+        if known is not None or step is None or step.operator.host is None or depth > _DEEPEST:
+            return known
+        inputs = [self._evaluated(each, values, depth + 1) if each else None for each in step.inputs]
+        if any(each and found is None for each, found in zip(step.inputs, inputs, strict=True)):
+            return None
+        result = step.operator.host(Call(step, self, values), *inputs)
+        found = (result if isinstance(result, tuple) else (result,))[step.outputs.index(name)]
+        return found if isinstance(found, Host) else None
+
     def tensor(self, name: str, values: Mapping[str, Value]) -> Any:
         """The value as a tensor of the program; a sequence stays what it is, "" is None."""
         if not name:
@@ -295,6 +315,11 @@ class Interpreted(nn.Module):
         result: Value = self.tensor(name, values) if known is None else known
         return result
 
+    @property
+    def stored(self) -> Collection[str]:
+        """Names of the tensors that the file stores."""
+        return self._paths.keys()
+
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         """The stored tensor of a name in the file."""
         path, _, attribute = self._paths[name].rpartition(".")
@@ -307,9 +332,9 @@ class Interpreted(nn.Module):
         if not name:
             return None
         if index in operator.static:
-            known = self.host(name, values)
+            known = self._evaluated(name, values)
             if known is None:
-                maker = next((f" (of {describe(step)})" for step in every(self.steps) if name in step.outputs), "")
+                maker = f" (of {describe(self._makers[name])})" if name in self._makers else ""
                 raise call.error(
                     f"its input {name!r}{maker} depends on what the model's inputs hold. Shapes, axes, conditions and "
                     "numbers of repetitions have to be known while importing"

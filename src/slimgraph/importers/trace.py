@@ -3,19 +3,21 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
-from slimgraph.errors import ModelImportError
+from slimgraph.errors import ModelImportError, closest
 from slimgraph.importers.steps import MARK, Interpreted
 from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import operator_name, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.signature import TensorSpec
+
+InputShapes: TypeAlias = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 
 BATCH = "batch"
 
@@ -37,7 +39,7 @@ def trace(
     make: Callable[[bool], Interpreted],
     inputs: Sequence[Input],
     *,
-    sizes: Mapping[str, Sequence[int]],
+    sizes: InputShapes,
     step: str,
     parameters: Mapping[str, Json],
 ) -> Program:
@@ -50,12 +52,13 @@ def trace(
     Args:
         make: makes the interpreted graph; True: for a file that fixes one sample, called with any number of them.
         inputs: what the file says about its inputs.
-        sizes: shapes of inputs by name, where the file leaves them open; 0 or less leaves an axis free.
+        sizes: shapes of inputs by name or in order, where the file leaves them open; 0 or less leaves an axis free.
         step, parameters: for the history.
     Raises:
         ModelImportError: no way of tracing works; the message says why the last one does not.
     """
-    shapes = [_asked(spec, sizes) for spec in inputs]
+    by_name = _by_name(inputs, sizes)
+    shapes = [_asked(spec, by_name) for spec in inputs]
     fixed_because: dict[str, Json] = {}
     for attempt in _attempts(shapes):
         interpreted = make(attempt.baked).eval()
@@ -84,6 +87,18 @@ class _Attempt:
     last: bool
     gives_up: str
     """Key for the history: what the next attempt goes without."""
+
+
+def _by_name(inputs: Sequence[Input], sizes: InputShapes) -> dict[str, Sequence[int]]:
+    names = [spec.name for spec in inputs]
+    if not isinstance(sizes, Mapping):
+        if len(sizes) > len(names):
+            raise ModelImportError(f"{len(sizes)} shapes are given, but the model has the inputs {', '.join(names)}.")
+        return dict(zip(names, sizes, strict=False))
+    for name in sizes:
+        if name not in names:
+            raise ModelImportError(f"A shape is given for {name!r}, which is no input. {closest(name, names)}")
+    return dict(sizes)
 
 
 def _asked(spec: Input, sizes: Mapping[str, Sequence[int]]) -> tuple[int | str | None, ...]:

@@ -1,7 +1,6 @@
 """Read an ONNX file as a program."""
 
 import os
-from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,11 +9,11 @@ from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import OLDEST, steps_of
 from slimgraph.importers.steps import Interpreted
-from slimgraph.importers.trace import Input, trace
+from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Program
 
 
-def import_onnx(path: str | os.PathLike[str], *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Program:
+def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | None = None) -> Program:
     """The model in an ONNX file as a program that runs, trains, and can be compressed and exported again.
 
     Tensors, layers and values have the names of the file. Floating-point tensors that are used as weights are
@@ -23,14 +22,15 @@ def import_onnx(path: str | os.PathLike[str], *, input_shapes: Mapping[str, Sequ
 
     Args:
         path: a `.onnx` file; its weights may lie in files beside it.
-        input_shapes: sizes of axes that the file leaves open, by input: they are fixed to these. 0 leaves one free.
+        input_shapes: sizes of axes that the file leaves open, by input or in order: they are fixed to these. 0 leaves
+            one free.
     Raises:
         ModelImportError: the file is missing, damaged, contradicts itself, or uses what cannot become a program.
     """
     return program_of(read_model(path), input_shapes=input_shapes or {})
 
 
-def program_of(model: Model, *, input_shapes: Mapping[str, Sequence[int]]) -> Program:
+def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
     """The program of a model that was read."""
     version = model.opsets.get("", OLDEST)
     if version < OLDEST:

@@ -37,6 +37,10 @@ def _trains(call: Call) -> bool:
 def _of_channels(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     # ONNX's momentum is what is kept, PyTorch's what is new; the file has it in 24 bits.
     momentum = round(1 - call.float("momentum", 0.9), 7)
+    if not (call.stored(3) and call.stored(4)):  # statistics that the model computes: gradients flow through them
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        factor = scale * torch.rsqrt(var + call.float("epsilon", _EPSILON))
+        return (x - mean.reshape(shape)) * factor.reshape(shape) + bias.reshape(shape)
     mean, var = (t if t.dtype == scale.dtype else t.to(scale.dtype) for t in (mean, var))
     return F.batch_norm(x, mean, var, scale, bias, False, momentum, call.float("epsilon", _EPSILON))
 
