@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from slimgraph.importers.onnx.importer import import_onnx
 from slimgraph.program.capture import capture
 from slimgraph.program.names import layer_of, operator_name
 from slimgraph.program.recognise import recognise
@@ -93,7 +94,7 @@ def same_gradients(program, recognised, x, transposed):
 SQRT2, TANH = math.sqrt(2), math.sqrt(2 / math.pi)
 
 
-def three_halves_power(x, c):
+def cubic(x, c):
     return c(TANH) * (x + c(0.044715) * x**3)
 
 
@@ -140,7 +141,7 @@ FORMULAS = {
         lambda x, c: x * (c(0.5) * (torch.erf(x / c(SQRT2)) + c(1.0))),
         lambda x, c: x * (c(1.0) + torch.erf(c(1 / SQRT2) * x)) / c(2.0),
         lambda x, c: (c(0.5) + torch.erf(x / c(SQRT2)) * c(0.5)) * x,
-        lambda x, c: x * c(0.5) * (c(1.0) + torch.tanh(three_halves_power(x, c))),
+        lambda x, c: x * c(0.5) * (c(1.0) + torch.tanh(cubic(x, c))),
         lambda x, c: c(0.5) * (x * (torch.tanh(c(TANH) * (c(0.044715) * (x * (x * x)) + x)) + c(1.0))),
         lambda x, c: c(0.5) * x * (c(1.0) + torch.tanh(x * c(TANH) * (c(1.0) + c(0.044715) * x * x))),
         lambda x, c: x * (c(0.5) * (torch.tanh((torch.pow(x, c(3.0)) * c(0.044715) + x) * c(TANH)) + c(1.0))),
@@ -390,6 +391,15 @@ def test_a_position_embedding_is_no_bias_and_a_shared_weight_keeps_its_shape():
     assert operators(shared) == ["layer_norm", "mul", "add"]
 
 
+def test_a_weight_of_which_something_else_reads_a_view_keeps_its_shape():
+    def two_norms(x, w):
+        shared = w.view(1, 1, 6)
+        return centred_over(x, -1) * shared + x * shared
+
+    recognised = check(Norm(two_norms, (1, 6)), random_input(2))
+    assert operators(recognised) == ["view", "layer_norm", "mul", "mul", "add"]
+
+
 def test_rms_norm():
     recognised = check(Norm(lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (6,)), random_input(2))
     assert operators(recognised) == ["rms_norm"]
@@ -616,6 +626,40 @@ def test_merging_the_last_axes_is_to_flatten():
     assert operators(check(model, random_input(2, 2, 3, 3))) == ["flatten"]
     other = Products(lambda m, x: x.reshape(x.shape[0] * 2, 9), ())
     assert operators(recognise(capture(other, torch.rand(2, 2, 3, 3)))) == ["reshape"]
+
+
+class Everything(nn.Module):
+    """What exporters spell out, in a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.behind, self.linear = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.groups = nn.GroupNorm(2, 4)
+        for norm in (self.before, self.behind, self.groups):
+            nn.init.normal_(norm.weight)
+
+    def forward(self, x):  # (N, 4, 8)
+        x = F.gelu(self.linear(self.before(x)))
+        q = x.view(x.shape[0], -1, 2, 4).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, q + 1, q * q, attn_mask=CAUSAL.float()).transpose(1, 2).flatten(2)
+        return F.silu(F.gelu(self.groups(self.behind(x)), approximate="tanh"))
+
+
+@pytest.mark.filterwarnings("ignore")  # the older exporter is deprecated
+@pytest.mark.parametrize(("dynamo", "opset"), [(False, 14), (True, 18)])
+def test_what_torch_onnx_spells_out_is_read_back(dynamo, opset, tmp_path):
+    model, x = Everything().eval(), torch.randn(2, 4, 8)
+    free = {"dynamic_shapes": ({0: "batch"},)} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
+    torch.onnx.export(
+        model, (x,), tmp_path / "x.onnx", dynamo=dynamo, opset_version=opset, input_names=["x"], verbose=False, **free
+    )
+    recognised = recognise(import_onnx(tmp_path / "x.onnx"))
+    found = [name for name in operators(recognised) if name not in ("reshape", "permute", "add", "mul", "flatten")]
+    attention = "scaled_dot_product_attention"
+    assert found == ["layer_norm", "linear", "gelu", attention, "layer_norm", "group_norm", "gelu", "silu"]
+    for batch in (1, 2, 7):
+        sample = torch.randn(batch, 4, 8)
+        torch.testing.assert_close(recognised(sample), model(sample), rtol=1e-5, atol=1e-5)
 
 
 def test_an_operator_has_the_names_of_the_value_that_was_spelled_out():

@@ -34,6 +34,8 @@ _COPIES = (
 )
 
 
+# What makes a tensor of one number, and which argument that is.
+_FILLED: Mapping[Any, int] = MappingProxyType({aten.scalar_tensor.default: 0, aten.full.default: 1})
 # Importers keep types and layouts by operators that mostly change nothing.
 _CONVERSIONS = (aten.to.dtype, aten.type_as.default, aten.contiguous.default, aten.alias.default)
 
@@ -61,8 +63,10 @@ def number_of(value: Any) -> float | None:
     while isinstance(value, fx.Node) and value.target in (*_VIEWS, *_COPIES):
         value = value.args[0]
     if isinstance(value, fx.Node):
-        if value.target is aten.scalar_tensor.default:
-            value = value.args[0]
+        if value.target in _FILLED:
+            fake = fake_of(value)
+            alone = fake is not None and all(isinstance(size, int) and size == 1 for size in fake.shape)
+            value = value.args[_FILLED[value.target]] if alone else None
         elif (tensor := _tensor_of(value)) is None or tensor.numel() != 1 or tensor.dtype == torch.bool:
             return None
         else:

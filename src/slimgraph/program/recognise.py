@@ -160,20 +160,25 @@ def _group_norm(found: Found) -> Operator | None:
     sizes = fixed((shape[1], grouped[1]))
     if sizes is None or sizes[0] % sizes[1] or not same_sizes(shape[:1], grouped[:1]):
         return None
-    # The groups' elements are normalized together: those of the last axes, of which a layer norm has the sizes.
-    reduced = found["axes"] or tuple(range(len(grouped) - len(found["normalized_shape"] or grouped[2:]), len(grouped)))
     channels, groups = sizes
     broadcast = (channels, *[1] * (len(shape) - 2))
-    if reduced != tuple(range(2, len(grouped))) or not all(
-        found.can_store(name, broadcast, (channels,)) for name in ("weight", "bias")
-    ):
+    storable = all(found.can_store(name, broadcast, (channels,)) for name in ("weight", "bias"))
+    if not storable or not _reduces_all_but(2, found, len(grouped)):
         return None
     affine = (found.stored_as("weight", (channels,)), found.stored_as("bias", (channels,)))
     return Operator(aten.group_norm.default, (found["x"], groups, *affine, found["eps"]))
 
 
+def _reduces_all_but(first: int, found: Found, rank: int) -> bool:
+    """Whether a norm runs over all axes behind the first ones."""
+    if found["normalized_shape"] is not None:  # a layer norm
+        return len(found["normalized_shape"]) == rank - first
+    return found["axes"] in (None, tuple(range(first, rank)))  # an instance norm knows no other
+
+
 def _relu6(found: Found) -> Operator | None:
-    if found.root.target is aten.hardtanh.default or not found.is_like("x"):
+    already = found.root.target in (aten.hardtanh.default, aten.relu6.default)
+    if already or not found.is_like("x") or not found.fake("x").is_floating_point():
         return None
     return Operator(aten.hardtanh.default, (found["x"], 0.0, 6.0))
 

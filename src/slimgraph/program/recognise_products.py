@@ -128,31 +128,22 @@ def _attention(found: Found) -> Operator | None:
         return None
     if not all(same_sizes(query.shape[:2], fake.shape[:2]) for fake in (key, value)):
         return None
-    mask = next((name for name in ("mask", "kept", "dropped") if found[name] is not None), None)
-    if mask and not _is_mask(found.fake(mask), scores, result.dtype if mask == "mask" else torch.bool):
+    mask = next((name for name in ("mask", "kept", "dropped") if found[name] is not None), "none")
+    if mask != "none" and not _is_mask(found.fake(mask), scores, result.dtype if mask == "mask" else torch.bool):
         return None
-    arguments = (
-        found["query"],
-        found["key"] if found["key"] is not None else _transpose(found, found["transposed_key"]),
-        found["value"],
-        found.insert(aten.logical_not.default, found["dropped"])
-        if mask == "dropped"
-        else found[mask]
-        if mask
-        else None,
-        _dropout(found),
-        False,
-    )
+    key_node = found["key"] if found["key"] is not None else _transpose(found, found["transposed_key"])
+    mask_node = found.insert(aten.logical_not.default, found[mask]) if mask == "dropped" else found[mask]
+    arguments = (found["query"], key_node, found["value"], mask_node, _dropout(found), False)
     factors = (found[name] for name in ("scale", "query_scale", "key_scale", "inner_key_scale"))
     scale = math.prod((factor for factor in factors if factor is not None), start=1.0)
     return Operator(aten.scaled_dot_product_attention.default, arguments, {"scale": scale})
 
 
 def _is_mask(mask: torch.Tensor, scores: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether a mask has that type and can be stretched to the scores without stretching them."""
-    sizes = list(zip(reversed(mask.shape), reversed(scores), strict=False))
-    stretches = all(same_sizes((size,), (1,)) or same_sizes((size,), (wanted,)) for size, wanted in sizes)
-    return mask.dtype == dtype and 2 <= mask.dim() <= 4 and stretches
+    """Whether a mask has that type and broadcasts to the scores, which do not broadcast to it."""
+    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+    broadcasts = all(same_sizes((size,), (1,)) or same_sizes((size,), (wanted,)) for size, wanted in sizes)
+    return mask.dtype == dtype and 2 <= mask.dim() <= 4 and broadcasts
 
 
 def _dropout(found: Found) -> Any:

@@ -69,9 +69,12 @@ class Found:
         return acts_so and (tuple(tensor.shape) == shape or self.reads_alone(name))
 
     def reads_alone(self, name: str) -> bool:
-        """Whether nothing else reads that stored tensor."""
-        _, tensor = self._stored(name)
-        return edit.count_readers(self.program.graph_module)[id(tensor)] == 1
+        """Whether nothing else reads that stored tensor, nor a view of it."""
+        source, tensor = self._stored(name)
+        view: Any = self[name]
+        while view is not source and len(view.users) == 1:
+            view = view.args[0]
+        return view is source and edit.count_readers(self.program.graph_module)[id(tensor)] == 1
 
     def stored_as(self, name: str, shape: tuple[int, ...]) -> fx.Node | None:
         """The node that reads a tensor for which `can_store` holds, now stored in that shape."""
