@@ -238,6 +238,12 @@ def test_a_stored_constant_that_raises_the_rank_is_no_mere_number():
     assert "gelu" not in operators(check(Raised(), random_input(2)))
 
 
+def test_a_constant_that_is_cut_off_to_an_integer_is_another():
+    half = torch.tensor(0.5, dtype=torch.float64)
+    model = Spelled(lambda x, c: x * half.to(torch.int64) * (1 + torch.erf(x / SQRT2)))
+    assert "gelu" not in operators(check(model, random_input(2)))
+
+
 def test_constants_rounded_to_float32_are_the_same_constants():
     rounded = torch.tensor(SQRT2).item()  # what an exporter writes
     model = Spelled(lambda x, c: x * 0.5 * (1 + torch.erf(x / rounded)))

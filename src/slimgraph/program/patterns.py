@@ -61,6 +61,8 @@ def _tensor_of(node: fx.Node) -> Tensor | None:
 def number_of(value: Any) -> float | None:
     """A constant of the graph: a number, or the one element of a stored tensor; None for everything else."""
     while isinstance(value, fx.Node) and value.target in (*_VIEWS, *_COPIES):
+        if (fake := fake_of(value)) is None or not fake.is_floating_point():
+            return None  # cut off to an integer, perhaps
         value = value.args[0]
     if isinstance(value, fx.Node):
         if value.target in _FILLED:
