@@ -113,7 +113,10 @@ def _cast_known(call: Call, x: Host) -> Host:
     return Host(np.asarray(np.frompyfunc(convert, 1, 1)(x.array), dtype=object), wanted)
 
 
-def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor:
+def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor | Host:
+    known = call.module.host(call.step.inputs[0], call.values)
+    if known is not None and known.array.size == 1 and x.is_floating_point() == like.is_floating_point():
+        return Host(known.array, like.dtype)  # a number stays known: a padding may ask for it
     return x.to(like.dtype)
 
 

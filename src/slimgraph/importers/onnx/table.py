@@ -8,6 +8,7 @@ from slimgraph.errors import ModelImportError, closest
 from slimgraph.importers.onnx import (
     activation,
     arithmetic,
+    attention,
     control,
     convolution,
     indexing,
@@ -40,9 +41,11 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
         **losses.OPERATORS,
         **control.OPERATORS,
         **recurrent.OPERATORS,
+        **attention.OPERATORS,
         **sequence.OPERATORS,
         **quantized.OPERATORS,
     },
+    "ai.onnx.preview": attention.PREVIEW,
 }
 """By domain; "" is ONNX's own."""
 
