@@ -14,10 +14,15 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 """Words of ONNX for what `scatter_reduce` does."""
 
 
+def _long(indices: Tensor) -> Tensor:
+    """PyTorch's indices have 64 bits."""
+    return indices if indices.dtype == torch.int64 else indices.long()
+
+
 def _from_front(call: Call, position: int, indices: Tensor, size: Any) -> Tensor:
     """Indices that may count from the end, counted from the front; what is known to do so already stays as it is."""
     known = call.module.host(call.step.inputs[position], call.values)
-    indices = indices.long()
+    indices = _long(indices)
     if known is not None and known.known and all(number >= 0 for number in known.numbers):
         return indices
     return torch.where(indices < 0, indices + size, indices)
@@ -38,7 +43,7 @@ def _batch_places(sizes: list[Any], rank: int) -> list[Tensor]:
 def _gather_nd(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     batch = call.int("batch_dims", 0)
     places = _batch_places(list(x.shape[:batch]), indices.dim() - 1)
-    return x[(*places, *indices.long().unbind(-1))]
+    return x[(*places, *_long(indices).unbind(-1))]
 
 
 def _reduction(call: Call) -> str | None:
@@ -57,7 +62,7 @@ def _scatter_elements(call: Call, x: Tensor, indices: Tensor, updates: Tensor) -
 
 
 def _scatter_nd(call: Call, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    reduction, parts = _reduction(call), list(indices.long().unbind(-1))
+    reduction, parts = _reduction(call), list(_long(indices).unbind(-1))
     if reduction in (None, "sum"):
         return torch.index_put(x, tuple(parts), updates, accumulate=reduction == "sum")
     sizes = list(x.shape[: len(parts)])
@@ -77,7 +82,7 @@ def _tensor_scatter(call: Call, past: Tensor, update: Tensor, begin: Tensor | No
     ones = [1] * past.dim()
     places = torch.arange(update.shape[axis], device=past.device).reshape([*ones[:axis], -1, *ones[axis + 1 :]])
     if begin is not None:
-        places = places + begin.long().reshape([-1, *ones[1:]])
+        places = places + _long(begin).reshape([-1, *ones[1:]])
     if mode == "circular":
         places = places % past.shape[axis]
     return torch.scatter(past, axis, places.expand(update.shape), update)
@@ -87,7 +92,7 @@ def _one_hot(call: Call, indices: Tensor, depth: Host, values: Tensor) -> Tensor
     classes = torch.sym_int(depth.number)
     axis = call.int("axis", -1)
     axis = axis + indices.dim() + 1 if axis < 0 else axis
-    at = indices.long().unsqueeze(axis)
+    at = _long(indices).unsqueeze(axis)
     places = torch.arange(classes, device=indices.device).reshape([-1] + [1] * (indices.dim() - axis))
     off, on = values.reshape(2).unbind(0)
     # Indices from the end; what is further out is nowhere on.
@@ -137,7 +142,7 @@ def _unique(call: Call, x: Host) -> tuple[Host, ...]:
 def _reverse_sequence(call: Call, x: Tensor, lengths: Tensor) -> Tensor:
     time, batch = call.int("time_axis", 0), call.int("batch_axis", 1)
     steps = torch.arange(x.shape[time], device=x.device)
-    lengths = lengths.long()
+    lengths = _long(lengths)
     along, across = (steps.unsqueeze(1), lengths) if time == 0 else (steps, lengths.unsqueeze(1))
     if {time, batch} != {0, 1}:
         raise call.error(f"its time axis is {time} and its batch axis {batch}, and not 0 and 1 or 1 and 0")

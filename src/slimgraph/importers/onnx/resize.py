@@ -72,6 +72,7 @@ def _coordinates(xp: Any, axis: _Axis, rule: _Rule) -> Any:
     def back(place: Any) -> Any:
         return place * size / resized if scale is None else place / scale
 
+    # Before it is rounded down, as in the published examples; ONNX Runtime aligns corners by what it is rounded to.
     width = resized if scale is None else size * scale
     begin, end = axis.region
     match rule.coordinates:
@@ -366,14 +367,14 @@ def _resize(
         raise call.error("it has neither scales nor sizes")
     wanted, own = sizes.numbers, [x.shape[axis] for axis in chosen]
     _check_count(call, wanted, chosen, "sizes")
-    policy = call.text("keep_aspect_ratio_policy", "stretch")
+    policy, scale = call.text("keep_aspect_ratio_policy", "stretch"), None
     if policy != "stretch":
         scale = _kept_ratio(call, wanted, own, policy)
         wanted = [torch.sym_int(scale * size + 0.5) for size in own]
     elif call.module.baked and 0 in chosen and wanted[chosen.index(0)] == 1:  # as many samples as there are
         wanted[chosen.index(0)] = x.shape[0]
     axes = [
-        _Axis(axis=axis, size=old, resized=new, region=_region(roi, i, len(chosen), rule))
+        _Axis(axis=axis, size=old, resized=new, scale=scale, region=_region(roi, i, len(chosen), rule))
         for i, (axis, old, new) in enumerate(zip(chosen, own, wanted, strict=True))
     ]
     return _apply(call, x, axes, rule)

@@ -16,7 +16,8 @@ def _window(make: Callable[..., Tensor], **constants: float) -> Operator:
     def run(call: Call, size: Host) -> Tensor:
         dtype = torch_type(call, call.int("output_datatype", onnx.TensorProto.FLOAT))
         wide = dtype if dtype.is_floating_point else torch.float64
-        return make(size.number, periodic=bool(call.int("periodic", 1)), dtype=wide, **constants).to(dtype)
+        window = make(size.number, periodic=bool(call.int("periodic", 1)), dtype=wide, **constants)
+        return window if wide == dtype else window.to(dtype)
 
     return Operator(run=run, static=(0,))
 
