@@ -1,0 +1,56 @@
+"""Read a Paddle inference model as a program."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from slimgraph.importers.paddle.graph import PaddleModel
+from slimgraph.importers.paddle.operators import steps_of
+from slimgraph.importers.paddle.read import read_model
+from slimgraph.importers.steps import Interpreted
+from slimgraph.importers.trace import Input, trace
+from slimgraph.program.program import Program
+
+
+def import_paddle(
+    path: str | os.PathLike[str],
+    *,
+    model_filename: str | None = None,
+    params_filename: str | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Program:
+    """The Paddle inference model at `path` as a program that runs, trains, and can be compressed and exported again.
+
+    Parameters have Paddle's names (`conv2d_0.w_0`), layers those of their parameters, values those of the file.
+    Floating-point tensors that are used as weights are parameters, others are buffers. The first axis is free wherever
+    that is right; where it is not, the first line of the history says why.
+
+    Args:
+        path: the folder of a model (`*.pdmodel` of Paddle 2, `*.json` of Paddle 3, `__model__` of Paddle 1), or the
+            file of the model, whose parameters lie beside it.
+        model_filename, params_filename: names of the two files in the folder, where it has several or others.
+        input_shapes: sizes of axes that the file leaves open, by input: they are fixed to these. 0 leaves one free.
+    Raises:
+        ModelImportError: a file is missing, damaged, contradicts itself, or uses what cannot become a program.
+    """
+    model = read_model(path, model_filename=model_filename, params_filename=params_filename)
+    return program_of(model, input_shapes=input_shapes or {})
+
+
+def program_of(model: PaddleModel, *, input_shapes: Mapping[str, Sequence[int]]) -> Program:
+    """The program of a model that was read."""
+    steps = steps_of(model)
+    names = [value.name for value in model.inputs]
+    outputs = [value.name for value in model.outputs]
+
+    def make(baked: bool) -> Interpreted:
+        return Interpreted(steps, names, outputs, model.tensors, baked=baked)
+
+    return trace(
+        make,
+        [Input(name=value.name, dtype=value.dtype, shape=value.shape) for value in model.inputs],
+        sizes=input_shapes,
+        step="import_paddle",
+        parameters={"generation": model.generation, "version": model.version, "torch": torch.__version__},
+    )

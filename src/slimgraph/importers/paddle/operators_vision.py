@@ -1,0 +1,5 @@
+"""Operators of Paddle: vision."""
+
+from slimgraph.importers.paddle.row import Row
+
+ROWS: tuple[Row, ...] = ()
