@@ -133,6 +133,12 @@ class Call:
         self.module.run(body.steps, values, suffix)
         return [self.module.value(name, values) for name in body.outputs]
 
+    def by(self, operator: Operator, *inputs: Any, version: "int | None" = None) -> Any:
+        """What another operator computes of these inputs, by the attributes of this one."""
+        assert operator.run is not None
+        call = self if version is None else replace(self, step=replace(self.step, version=version))
+        return operator.run(call, *inputs)
+
     def given(self, index: int) -> Value:
         """The input at a position as it is: a `Host` where it is known, None where it is left out."""
         names = self.step.inputs
@@ -222,7 +228,10 @@ class Interpreted(nn.Module):
         self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
-        self._hosts = {name: Host.read(t) for name, t in tensors.items() if t.numel() <= LARGEST and _small(t)}
+        self._last_reads = _last_reads(self.steps, kept={*self.inputs, *self.outputs})
+        self._small = {name: t for name, t in tensors.items() if _is_small(t)}
+        self._hosts: dict[str, Host] = {}
+        """What was asked for of these, as numbers."""
         self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
         self._paths: dict[str, str] = {}
         self._paths |= store(self, {name: t for name, t in tensors.items() if name in self.read}, _trained(self.steps))
@@ -232,7 +241,11 @@ class Interpreted(nn.Module):
         self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
         self._count = 0
-        self.run(self.steps, values)
+        for step, done in zip(self.steps, self._last_reads, strict=True):
+            self.run([step], values)
+            for name in done:  # what is known while importing is small, and may be asked for again
+                if isinstance(values.get(name), Tensor):
+                    del values[name]
         found = {name: self.tensor(name, values) for name in self.outputs}
         for name, value in found.items():
             if not isinstance(value, Tensor):
@@ -281,7 +294,12 @@ class Interpreted(nn.Module):
     def host(self, name: str, values: Mapping[str, Value]) -> Host | None:
         """The value as known while importing; None where it is not, or is left out."""
         value = values.get(name)
-        return value if isinstance(value, Host) else self._hosts.get(name) if value is None else None
+        return value if isinstance(value, Host) else self._stored_host(name) if value is None else None
+
+    def _stored_host(self, name: str) -> Host | None:
+        if name in self._small and name not in self._hosts:
+            self._hosts[name] = Host.read(self._small[name])
+        return self._hosts.get(name)
 
     def _evaluated(self, name: str, values: dict[str, Value], depth: int = 0) -> Host | None:
         """As `host`, also where it is computed of floating-point constants, which are the program's otherwise."""
@@ -340,18 +358,29 @@ class Interpreted(nn.Module):
                     "numbers of repetitions have to be known while importing"
                 )
             return known
-        known = self._hosts.get(name)
-        if operator.numbers and known is not None and name not in values and known.array.ndim == 0:
-            return known.number
+        if operator.numbers and name not in values and name in self._small and not self._small[name].dim():
+            return self._small[name].item()
         return self.tensor(name, values)
 
 
 _INDICES = (torch.int64, torch.int32, torch.bool)  # narrower integers of several axes are quantized weights
 
 
-def _small(tensor: Tensor) -> bool:
+def _is_small(tensor: Tensor) -> bool:
     """Whether it can be a shape, a list of axes, scales, or an index: what is asked for while importing."""
-    return tensor.dim() <= 1 or tensor.dtype in _INDICES
+    return tensor.numel() <= (LARGEST if tensor.dim() <= 1 else 0 if tensor.is_floating_point() else 2**12)
+
+
+def _last_reads(steps: Sequence[Step], kept: Collection[str]) -> list[list[str]]:
+    """For each step, the values that nothing reads after it."""
+    remaining: set[str] = set(kept)
+    last: list[list[str]] = []
+    for step in reversed(steps):
+        touched = {name for each in every([step]) for name in (*each.inputs, *each.outputs)}
+        touched |= {name for each in every([step]) for body in each.bodies for name in body.outputs}
+        last.append(sorted(touched - remaining))
+        remaining |= touched
+    return last[::-1]
 
 
 def _trained(steps: Sequence[Step]) -> set[str]:

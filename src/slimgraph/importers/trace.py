@@ -15,6 +15,7 @@ from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import operator_name, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.recognise import recognise_in_place
 from slimgraph.program.signature import TensorSpec
 
 InputShapes: TypeAlias = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
@@ -63,14 +64,14 @@ def trace(
     for attempt in _attempts(shapes):
         interpreted = make(attempt.baked).eval()
         try:
-            program = _exported(interpreted, inputs, attempt)
+            program = recognise_in_place(_exported(interpreted, inputs, attempt))
             _check(program, interpreted, attempt)
         except ModelImportError as error:
             if attempt.last:
                 raise
             fixed_because[attempt.gives_up] = str(error)
             continue
-        program.history = (HistoryEntry(step=step, parameters={**parameters, **fixed_because}),)
+        program.history = (HistoryEntry(step=step, parameters={**parameters, **fixed_because}), *program.history)
         return program
     raise AssertionError("the last attempt either returns or raises")
 

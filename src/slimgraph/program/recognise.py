@@ -38,16 +38,20 @@ def recognise(program: Program) -> Program:
     tensors of one element, such as an epsilon or a scale, become arguments. An operator takes the name of the value
     that the formula computed. A formula stays where something else reads its intermediate values.
     """
-    recognised = program.copy()
+    return recognise_in_place(program.copy())
+
+
+def recognise_in_place(program: Program) -> Program:
+    """As `recognise`, for one who has just made the program and keeps no other: large weights are not copied."""
     counts: Counter[str] = Counter()
     for rule in RULES:
-        for node in reversed(list(recognised.graph.nodes)):  # the longest formula is the one that ends last
+        for node in reversed(list(program.graph.nodes)):  # the longest formula is the one that ends last
             if node.op == "call_function" and node.users:
-                counts[rule.name] += rule.rewrite(recognised, node)
+                counts[rule.name] += rule.rewrite(program, node)
     if not counts.total():
-        return recognised
-    edit.finish(recognised)
-    return recognised.with_history(HistoryEntry(step="recognise", parameters=dict(+counts)))
+        return program
+    edit.finish(program)
+    return program.with_history(HistoryEntry(step="recognise", parameters=dict(+counts)))
 
 
 # The vocabulary of the formulas below.
