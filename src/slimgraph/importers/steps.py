@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimgraph.errors import ModelImportError
@@ -187,6 +188,18 @@ class Call:
         """An error about this step."""
         return ModelImportError(f"{describe(self.step)} cannot be imported: {reason}.")
 
+    def undecidable(self, reason: str) -> "Undecidable":
+        """An error about this step, which depends on what the model's inputs hold."""
+        return Undecidable(self.step, f"{describe(self.step)} cannot be imported: {reason}.")
+
+
+class Undecidable(ModelImportError):
+    """A step whose course or sizes depend on what the model's inputs hold, so that no tensor program can have it."""
+
+    def __init__(self, step: Step, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
 
 def describe(step: Step) -> str:
     """The step in a message."""
@@ -229,7 +242,8 @@ class Interpreted(nn.Module):
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
         self._last_reads = _last_reads(self.steps, kept={*self.inputs, *self.outputs})
-        self._small = {name: t for name, t in tensors.items() if _is_small(t)}
+        # As arrays, since reading a number out of a tensor cannot be traced.
+        self._small = {name: (_array(t), t.dtype) for name, t in tensors.items() if _is_small(t)}
         self._hosts: dict[str, Host] = {}
         """What was asked for of these, as numbers."""
         self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
@@ -275,7 +289,9 @@ class Interpreted(nn.Module):
             elif operator.run is not None:
                 result = operator.run(call, *(self._given(call, i, name) for i, name in enumerate(step.inputs)))
             else:
-                raise call.error("it works on sizes only, and gets values that are known only when the model runs")
+                raise call.undecidable(
+                    "it works on sizes only, and gets values that are known only when the model runs"
+                )
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelImportError(f"{describe(step)} cannot be imported: {reason}") from error
@@ -298,7 +314,8 @@ class Interpreted(nn.Module):
 
     def _stored_host(self, name: str) -> Host | None:
         if name in self._small and name not in self._hosts:
-            self._hosts[name] = Host.read(self._small[name])
+            array, dtype = self._small[name]
+            self._hosts[name] = Host(array.astype(object), dtype)
         return self._hosts.get(name)
 
     def _evaluated(self, name: str, values: dict[str, Value], depth: int = 0) -> Host | None:
@@ -353,13 +370,13 @@ class Interpreted(nn.Module):
             known = self._evaluated(name, values)
             if known is None:
                 maker = f" (of {describe(self._makers[name])})" if name in self._makers else ""
-                raise call.error(
+                raise call.undecidable(
                     f"its input {name!r}{maker} depends on what the model's inputs hold. Shapes, axes, conditions and "
                     "numbers of repetitions have to be known while importing"
                 )
             return known
-        if operator.numbers and name not in values and name in self._small and not self._small[name].dim():
-            return self._small[name].item()
+        if operator.numbers and name not in values and name in self._small and not self._small[name][0].ndim:
+            return self._small[name][0].item()
         return self.tensor(name, values)
 
 
@@ -369,6 +386,13 @@ _INDICES = (torch.int64, torch.int32, torch.bool)  # narrower integers of severa
 def _is_small(tensor: Tensor) -> bool:
     """Whether it can be a shape, a list of axes, scales, or an index: what is asked for while importing."""
     return tensor.numel() <= (LARGEST if tensor.dim() <= 1 else 0 if tensor.is_floating_point() else 2**12)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = (
+        tensor.float() if tensor.dtype.is_floating_point and tensor.dtype != torch.float64 else tensor
+    ).numpy()
+    return array
 
 
 def _last_reads(steps: Sequence[Step], kept: Collection[str]) -> list[list[str]]:
