@@ -30,7 +30,8 @@ def with_result(quantized: Quantization, found: Measurements) -> Program:
             "size_ratio": found.size_bytes_after / found.size_bytes_before,
         },
     )
-    return Program(quantized.program.graph_module, quantized.program.signature, (*before, told))
+    program = quantized.program
+    return Program(program.graph_module, program.signature, (*before, told), tail=program.tail)
 
 
 def report_of(

@@ -152,7 +152,7 @@ def _own(exported: torch.export.ExportedProgram, metadata: Metadata) -> Program:
     for node, spec in zip(placeholders, signature.inputs, strict=True):
         set_names(node, layer="", value=spec.name)
     restore(program, metadata.losses)
-    return edit.finish(Program(program.graph_module, signature, metadata.steps()))
+    return edit.finish(Program(program.graph_module, signature, metadata.steps(), tail=metadata.tail_of(signature)))
 
 
 def _fixed(spec: TensorSpec) -> list[int | None]:

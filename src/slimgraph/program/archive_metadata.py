@@ -1,6 +1,7 @@
 """What a `.pt2` holds about a program beyond PyTorch's own description, as versioned JSON."""
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from slimgraph.errors import ModelLoadError, ProgramError
 from slimgraph.program.archive_rules import label
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.signature import Signature, TensorSpec
+from slimgraph.program.tail import Tail, require_fit
 
 MEMBER = "slimgraph.json"
 """Name of the metadata among the archive's extra files."""
@@ -63,6 +65,17 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TailData:
+    """A `Tail` in JSON."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    model: str
+    """In base64."""
+    reads: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
     """Signature and history of a program, what exporting it loses, and who wrote it."""
 
@@ -76,6 +89,8 @@ class Metadata:
     example_sizes: dict[str, int]
     history: tuple[StepData, ...]
     losses: Losses
+    tail: TailData | None = None
+    """Left out where there is none."""
 
     def signature(self) -> Signature:
         """The signature of the program.
@@ -98,6 +113,22 @@ class Metadata:
         """The history of the program."""
         return tuple(HistoryEntry(step=s.step, parameters=s.parameters, result=s.result) for s in self.history)
 
+    def tail_of(self, signature: Signature) -> Tail | None:
+        """The tail of the program, which fits its signature.
+
+        Raises:
+            ModelLoadError: it does not, is no ONNX model, is too large, or reaches for other files.
+        """
+        if self.tail is None:
+            return None
+        try:
+            model = b64decode(self.tail.model, validate=True)
+            tail = Tail(model=model, reads=self.tail.reads, outputs=self.tail.outputs)
+            require_fit(tail, signature)
+        except (ValueError, ProgramError) as error:
+            raise ModelLoadError(f"its {MEMBER} has a tail that cannot be used: {error}") from error
+        return tail
+
 
 def metadata_of(program: Program, losses: Losses) -> Metadata:
     """The metadata to save with a program."""
@@ -114,6 +145,9 @@ def metadata_of(program: Program, losses: Losses) -> Metadata:
             StepData(step=e.step, parameters=dict(e.parameters), result=dict(e.result)) for e in program.history
         ),
         losses=losses,
+        tail=None
+        if (tail := program.tail) is None
+        else TailData(model=b64encode(tail.model).decode(), reads=tail.reads, outputs=tail.outputs),
     )
 
 
@@ -123,8 +157,11 @@ def write_metadata(metadata: Metadata) -> str:
     Raises:
         ProgramError: the history holds something that JSON has no form for.
     """
+    content = asdict(metadata)
+    if metadata.tail is None:
+        del content["tail"]
     try:
-        return json.dumps(asdict(metadata), indent=1, ensure_ascii=False)
+        return json.dumps(content, indent=1, ensure_ascii=False)
     except TypeError as error:
         raise ProgramError(
             f"The program's history cannot be written: {error}. Give its entries plain numbers, words, lists and "
@@ -170,6 +207,8 @@ def _names(metadata: Metadata) -> Iterator[str]:
     yield from chain.from_iterable(metadata.losses.aliases)
     for parts in metadata.losses.parts.values():
         yield from chain.from_iterable(parts.values())
+    if metadata.tail is not None:
+        yield from (*metadata.tail.reads, *metadata.tail.outputs)
 
 
 def _own_version() -> str:

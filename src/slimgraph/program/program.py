@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from slimgraph.errors import DataError, UnknownNameError, closest
 from slimgraph.program.names import layer_of, values_of
 from slimgraph.program.signature import Signature
+from slimgraph.program.tail import Tail
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -38,12 +39,19 @@ class Program(nn.Module):
     graph_module: fx.GraphModule
 
     def __init__(
-        self, graph_module: fx.GraphModule, signature: Signature, history: tuple[HistoryEntry, ...] = ()
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        history: tuple[HistoryEntry, ...] = (),
+        *,
+        tail: Tail | None = None,
     ) -> None:
         super().__init__()
         self.graph_module = graph_module
         self.signature = signature
         self.history = history
+        self.tail = tail
+        """The post-processing of the model that this program was read from; exporting puts it back."""
         self.train(graph_module.training)
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
@@ -114,7 +122,7 @@ class Program(nn.Module):
 
     def with_history(self, entry: HistoryEntry) -> "Program":
         """This program, with one more line of history; the tensors are shared."""
-        return Program(self.graph_module, self.signature, (*self.history, entry))
+        return Program(self.graph_module, self.signature, (*self.history, entry), tail=self.tail)
 
     # The graph module is an implementation detail of where tensors lie: their names are those of the user's module.
 
