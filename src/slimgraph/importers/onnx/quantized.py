@@ -239,15 +239,9 @@ def _integers(call: Call, inputs: Sequence[Tensor], codes: int, zero_point: int,
     return dequantize(inputs[codes], Grid(scale=scale, zero_point=zero, dtype=dtype, codes=limits(dtype)), axis)
 
 
-def _convolve(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    run = convolution.OPERATORS["Conv"].run
-    assert run is not None
-    return run(call, x, weight, bias)
-
-
 def _conv_integer(call: Call, *inputs: Tensor) -> Tensor:
     x, weight = _integers(call, inputs, 0, 2, 1), _integers(call, inputs, 1, 3, 0)
-    return _convolve(call, x, weight).to(torch.int32)
+    return call.by(convolution.OPERATORS["Conv"], x, weight).to(torch.int32)
 
 
 def _matmul_integer(call: Call, *inputs: Tensor) -> Tensor:
@@ -260,9 +254,9 @@ def qlinear_conv(call: Call, *inputs: Tensor) -> Tensor:
     x, weight, codes = inputs[0], inputs[3], _given(inputs, 8)
     x_grid, weight_grid = grid(call, inputs, 1, 2, codes=x), grid(call, inputs, 4, 5, codes=weight)
     bias = None if codes is None else dequantize(codes, bias_grid(x_grid, weight_grid), 0)
-    values = dequantize(x, x_grid)
+    values, kernel = dequantize(x, x_grid), dequantize(weight, weight_grid, 0)
     last = bool(call.int("channels_last", 0))
-    result = _convolve(call, values.movedim(-1, 1) if last else values, dequantize(weight, weight_grid, 0), bias)
+    result = call.by(convolution.OPERATORS["Conv"], values.movedim(-1, 1) if last else values, kernel, bias)
     return quantize(result.movedim(1, -1) if last else result, grid(call, inputs, 6, 7))
 
 

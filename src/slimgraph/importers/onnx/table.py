@@ -9,6 +9,7 @@ from slimgraph.importers.onnx import (
     activation,
     arithmetic,
     attention,
+    contrib,
     control,
     convolution,
     indexing,
@@ -44,10 +45,15 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
         **attention.OPERATORS,
         **sequence.OPERATORS,
         **quantized.OPERATORS,
+        **contrib.STANDARD,
     },
+    "com.microsoft": contrib.OPERATORS,
     "ai.onnx.preview": attention.PREVIEW,
 }
 """By domain; "" is ONNX's own."""
+
+_OF_ONE_PROCESSOR = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
+"""What ONNX Runtime writes at its highest level of optimization."""
 
 OLDEST = 7
 """The first version of ONNX's operators that broadcasts as NumPy does."""
@@ -121,11 +127,12 @@ def _known(node: Node, opsets: Mapping[str, int]) -> Operator:
         return operator
     known = OPERATORS.get(node.domain)
     where = f"the domain {node.domain!r}" if node.domain else "ONNX"
-    what = (
-        f"Known domains: {', '.join(repr(name) for name in OPERATORS)}."
-        if known is None
-        else closest(node.operator, known)
-    )
+    if node.domain in _OF_ONE_PROCESSOR:
+        what = "Its weights are laid out for one processor: write the model at the level ORT_ENABLE_EXTENDED at most."
+    elif known is None:
+        what = f"Known domains: {', '.join(repr(name) for name in OPERATORS)}."
+    else:
+        what = closest(node.operator, known)
     raise ModelImportError(
         f"The operator {node.operator} of {where}, version {opsets.get(node.domain, 0)}, at {node.name!r} "
         f"cannot be imported. {what} `slimgraph inspect --coverage` lists what a model needs."
