@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ModelImportError, closest
-from slimgraph.importers.steps import MARK, Interpreted
+from slimgraph.importers.steps import MARK, Interpreted, Undecidable
 from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import operator_name, set_names, unused, value_of
@@ -43,6 +43,7 @@ def trace(
     sizes: InputShapes,
     step: str,
     parameters: Mapping[str, Json],
+    one_sample_because: str = "",
 ) -> Program:
     """The program of a graph.
 
@@ -55,17 +56,23 @@ def trace(
         inputs: what the file says about its inputs.
         sizes: shapes of inputs by name or in order, where the file leaves them open; 0 or less leaves an axis free.
         step, parameters: for the history.
+        one_sample_because: why the one sample that a file fixes stays the only one; empty: it need not.
     Raises:
+        Undecidable: a step depends on what the inputs hold, which no other way of tracing would change.
         ModelImportError: no way of tracing works; the message says why the last one does not.
     """
     by_name = _by_name(inputs, sizes)
     shapes = [_asked(spec, by_name) for spec in inputs]
     fixed_because: dict[str, Json] = {}
-    for attempt in _attempts(shapes):
+    if one_sample_because and next((shape[0] for shape in shapes if shape), None) == 1:
+        fixed_because["batch_is_fixed_because"] = one_sample_because
+    for attempt in _attempts(shapes, free_one=not one_sample_because):
         interpreted = make(attempt.baked).eval()
         try:
             program = recognise_in_place(_exported(interpreted, inputs, attempt))
             _check(program, interpreted, attempt)
+        except Undecidable:
+            raise
         except ModelImportError as error:
             if attempt.last:
                 raise
@@ -117,11 +124,11 @@ def _asked(spec: Input, sizes: Mapping[str, Sequence[int]]) -> tuple[int | str |
     )
 
 
-def _attempts(shapes: Sequence[tuple[int | str | None, ...]]) -> list[_Attempt]:
-    """From everything free to nothing free."""
+def _attempts(shapes: Sequence[tuple[int | str | None, ...]], *, free_one: bool = True) -> list[_Attempt]:
+    """From everything free to nothing free; `free_one`: also the batch of a file that fixes one sample."""
     first = [shape[0] for shape in shapes if shape]
     open_batch = bool(first) and not isinstance(first[0], int)
-    baked = bool(first) and first[0] == 1
+    baked = bool(first) and first[0] == 1 and free_one
     names: dict[tuple[int, int], str] = {}
     for i, shape in enumerate(shapes):
         for axis, size in enumerate(shape):

@@ -20,7 +20,7 @@ def extract(program: Program, inputs: Sequence[str], outputs: Sequence[str]) -> 
     """The program that computes the values `outputs` from the values `inputs`, which are its inputs in this order.
 
     Names of layers, values and parameters stay. Axes that depend on a free axis are free. One output is returned bare,
-    several as a dictionary by value name. The tensors are those of `program`: train a `copy()`. A tail is left behind, since
+    several as a dictionary by value name. The tensors are those of `program`: train a `copy()`. A tail is left behind:
     it belongs to the outputs of the whole.
 
     Raises:

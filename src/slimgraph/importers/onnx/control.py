@@ -18,7 +18,7 @@ MOST_TURNS = 1024
 def _truth(call: Call, condition: Value, what: str) -> bool:
     """A condition as the one thing that it always is."""
     if not isinstance(condition, Host):
-        raise call.error(f"{what} depends on what the model's inputs hold, and has to be known while importing")
+        raise call.undecidable(f"{what} depends on what the model's inputs hold, and has to be known while importing")
     number = condition.number
     if isinstance(number, torch.SymBool):
         if statically_known_true(number):
