@@ -97,8 +97,20 @@ def _mean(call: Call, first: Tensor, *rest: Tensor) -> Tensor:
 
 
 def _cast(call: Call, x: Tensor) -> Tensor:
-    wanted = torch_type(call, call.int("to", onnx.TensorProto.FLOAT))
-    return x if x.dtype == wanted else x.to(wanted)
+    return _converted(call, x, torch_type(call, call.int("to", onnx.TensorProto.FLOAT)))
+
+
+def _converted(call: Call, x: Tensor, wanted: torch.dtype) -> Tensor:
+    if wanted.itemsize > 1 or not wanted.is_floating_point or x.dtype == wanted:
+        return x if x.dtype == wanted else x.to(wanted)
+    most = torch.finfo(wanted).max
+    wide = x.float()
+    if call.int("saturate", 1):
+        return torch.clamp(wide, -most, most).to(wanted)
+    below = torch.tensor(most).to(wanted).view(torch.uint8) - 1
+    half_a_step = (most - below.view(wanted).item()) / 2  # what is nearer to the largest number is rounded to it
+    beyond = torch.inf if wanted == torch.float8_e5m2 else torch.nan
+    return torch.where(wide.abs() > most + half_a_step, torch.copysign(torch.tensor(beyond), wide), wide).to(wanted)
 
 
 def _cast_known(call: Call, x: Host) -> Host:
@@ -117,7 +129,7 @@ def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor | Host:
     known = call.module.host(call.step.inputs[0], call.values)
     if known is not None and known.array.size == 1 and x.is_floating_point() == like.is_floating_point():
         return Host(known.array, like.dtype)  # a number stays known: a padding may ask for it
-    return x.to(like.dtype)
+    return _converted(call, x, like.dtype)
 
 
 def _bit_cast(call: Call, x: Tensor) -> Tensor:

@@ -60,6 +60,35 @@ def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return convolve(x, weight, bias, strides, before, dilations, call.int("group", 1))
 
 
+def _deform_conv(
+    call: Call, x: Tensor, weight: Tensor, offset: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """A convolution that looks beside its grid: at each place of the kernel, x is sampled where the offsets point."""
+    if x.dim() != 4:
+        raise call.error(f"its input has {x.dim()} axes, and only 4 are read")
+    height, width = (int(size) for size in weight.shape[2:])
+    strides, dilations, before, _ = window(call, x, [height, width])
+    groups, parts = call.int("group", 1), call.int("offset_group", 1)
+    rows, columns = offset.shape[2:]
+    n, channels, h, w = x.shape
+    split = x.reshape(n * parts, channels // parts, h, w)
+    moves = offset.reshape(n * parts, height * width, 2, rows, columns)
+    weights = None if mask is None else mask.reshape(n * parts, height * width, 1, rows, columns)
+    top = torch.arange(rows, dtype=x.dtype, device=x.device).reshape(-1, 1) * strides[0] - before[0]
+    left = torch.arange(columns, dtype=x.dtype, device=x.device) * strides[1] - before[1]
+    total: Any = None
+    for place in range(height * width):
+        i, j = divmod(place, width)
+        y = top + i * dilations[0] + moves[:, place, 0]
+        z = left + j * dilations[1] + moves[:, place, 1]
+        grid = torch.stack((z * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1), dim=-1)
+        seen = F.grid_sample(split, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        seen = seen if weights is None else seen * weights[:, place]
+        part = F.conv2d(seen.reshape(n, channels, rows, columns), weight[:, :, i : i + 1, j : j + 1], groups=groups)
+        total = part if total is None else total + part
+    return total if bias is None else total + bias.reshape(1, -1, 1, 1)
+
+
 def _conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     convolve = _spatial(call, _TRANSPOSED, x)
     kernel = list(weight.shape[2:])
@@ -227,6 +256,7 @@ def _max_unpool(call: Call, x: Tensor, indices: Tensor, shape: Any = None) -> Te
 
 OPERATORS: dict[str, Operator] = {
     "Conv": Operator(run=_conv, weights=(1, 2)),
+    "DeformConv": Operator(run=_deform_conv, weights=(1, 3)),
     "ConvTranspose": Operator(run=_conv_transpose, weights=(1, 2)),
     "MaxPool": Operator(run=_max_pool),
     "AveragePool": Operator(run=_average_pool),
