@@ -446,6 +446,14 @@ def judge_file(path, inputs, tmp_path, tolerance=1e-5):
     return program
 
 
+def test_lengths_of_samples_that_come_as_a_second_input(tmp_path):
+    model, _ = model_of("Attention", [X, np.array([5, 2], np.int32), WEIGHT, BIAS], [1], {"num_heads": 4}, given=2)
+    del model.graph.node[0].input[:]
+    model.graph.node[0].input.extend(["in0", "in2", "in3", "in1"])
+    inputs = {"in0": lambda n: rand(n, 7, 16, seed=n), "in1": lambda n: ints(n, low=1, high=8, dtype=np.int32, seed=n)}
+    judge_file(file_of(model, tmp_path, batch=True), inputs, tmp_path)
+
+
 def test_few_bits_stay_integers_in_the_program(tmp_path):
     packed, scales = ints(6, 4, 8), np.abs(rand(6, 4))
     attributes = {"N": 6, "K": 64, "bits": 4, "block_size": 16}

@@ -60,7 +60,7 @@ def _mask_bias(call: Call, mask: Tensor | None, q_BNSD: Tensor, length: Any) -> 
     samples, dtype = q_BNSD.shape[0], q_BNSD.dtype
     places = torch.arange(length, device=mask.device)
     match mask.dim():
-        case 1 if statically_known_true(mask.shape[0] == samples):
+        case 1 if mask.shape[0] == samples:  # two inputs may have one batch axis in two symbols
             kept = (places < mask.unsqueeze(1))[:, None, None, :]
         case 1 if statically_known_true(mask.shape[0] == 2 * samples):
             ends, starts = mask.narrow(0, 0, samples), mask.narrow(0, samples, samples)
