@@ -1,6 +1,7 @@
 """Read an ONNX file as a program."""
 
 import os
+from collections.abc import Collection
 
 import torch
 
@@ -8,9 +9,10 @@ from slimgraph.errors import ModelImportError
 from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import OLDEST, steps_of
-from slimgraph.importers.steps import Interpreted
+from slimgraph.importers.onnx.tail import NotPostProcessingError, Split, decided_by_data, owner_of, split_at, tail_of
+from slimgraph.importers.steps import Interpreted, Undecidable
 from slimgraph.importers.trace import Input, InputShapes, trace
-from slimgraph.program.program import Program
+from slimgraph.program.program import Json, Program
 
 
 def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | None = None) -> Program:
@@ -19,6 +21,9 @@ def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | Non
     Tensors, layers and values have the names of the file. Floating-point tensors that are used as weights are
     parameters, others are buffers. The first axis is free wherever that is right, also where the file fixes one sample;
     where it is not, the first line of the history says why.
+
+    What decides by the contents of results, such as non-maximum suppression, is no part of the program: it becomes the
+    program's `tail`, which exporting puts behind it again.
 
     Args:
         path: a `.onnx` file; its weights may lie in files beside it.
@@ -38,21 +43,59 @@ def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
             f"The model uses version {version} of ONNX's operators; read are versions from {OLDEST} on. Convert it "
             "with onnx.version_converter."
         )
-    graph = model.graph
+    cut = decided_by_data(model)
+    split, refusal = _split(model, cut)
+    if split is None:  # the trace tells better what cannot be had
+        cut = set()
+    while True:
+        try:
+            return _traced(model, split, input_shapes)
+        except Undecidable as error:
+            owner = owner_of(model, error.step.name)
+            if owner is None or owner in cut:
+                raise
+            cut.add(owner)
+            split, refusal = _split(model, cut)
+            if split is None:
+                raise ModelImportError(f"{error} {refusal}") from error
+        except ModelImportError as error:
+            if split is None and refusal:
+                raise ModelImportError(f"{error} {refusal}") from error
+            raise
+
+
+def _split(model: Model, cut: Collection[str]) -> tuple[Split | None, str]:
+    """The model, split at these nodes if there are any; or the reason why it cannot be."""
+    try:
+        return (split_at(model, cut) if cut else None), ""
+    except NotPostProcessingError as refusal:
+        return None, str(refusal)
+
+
+def _traced(model: Model, split: Split | None, input_shapes: InputShapes) -> Program:
+    graph = model.graph if split is None else split.head
     steps = steps_of(graph, model.opsets)
     outputs = [value.name for value in graph.outputs]
     names = [value.name for value in graph.inputs]
+    told: dict[str, Json] = {"producer": model.producer, "opset": model.opsets.get("", OLDEST)}
+    if split is not None:
+        told["post_processing"] = split.operators
+        told["post_processing_outputs"] = ", ".join(value.name for value in split.tail.outputs)
 
     def make(baked: bool) -> Interpreted:
         return Interpreted(steps, names, outputs, graph.tensors, baked=baked)
 
-    return trace(
+    program = trace(
         make,
         [_input(value) for value in graph.inputs],
         sizes=input_shapes,
         step="import_onnx",
-        parameters={"producer": model.producer, "opset": version, "torch": torch.__version__},
+        parameters={**told, "torch": torch.__version__},
+        one_sample_because="" if split is None else "the post-processing was made for one sample",
     )
+    if split is not None:
+        program.tail = tail_of(split, model, program.signature)
+    return program
 
 
 def _input(value: Value) -> Input:

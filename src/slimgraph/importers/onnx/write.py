@@ -74,9 +74,8 @@ def _attribute_types(operator: str, domain: str, version: int) -> Mapping[str, A
         schema = onnx.defs.get_schema(operator, version, domain)
     except onnx.defs.SchemaError:
         return {}
-    return {
-        name: AttributeProto.AttributeType.Value(attribute.type.name) for name, attribute in schema.attributes.items()
-    }
+    words = {name: str(attribute.type).rpartition(".")[2] for name, attribute in schema.attributes.items()}
+    return {name: AttributeProto.AttributeType.Value(word) for name, word in words.items()}
 
 
 _PLURAL = {
