@@ -25,8 +25,8 @@ MOST_ELEMENTS = 2**31
 _DEEPEST = 20
 """Operators in a row that make a shape of constants."""
 
-MOST_STEPS = 2**17
-"""In one run, loops unrolled: a few nested ones could go on for ever."""
+MOST_UNROLLED = 2**14
+"""Steps inside of others in one run: a few nested loops could go on for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +129,9 @@ class Call:
         """What a graph inside this operator computes of its inputs; each turn of a loop has names of its own."""
         if len(given) != len(body.inputs):
             raise self.error(f"the graph {body.name!r} in it has {len(body.inputs)} inputs, and gets {len(given)}")
+        self.module.unrolled += len(body.steps)
+        if self.module.unrolled > MOST_UNROLLED:
+            raise self.error(f"the loops of the model are more than {MOST_UNROLLED} steps, unrolled")
         suffix = f"{self.suffix}#{turn}" if turn > 1 else self.suffix
         values = {**self.values, **dict(zip(body.inputs, given, strict=True))}
         self.module.run(body.steps, values, suffix)
@@ -237,7 +240,8 @@ class Interpreted(nn.Module):
         self.baked = baked
         self.batch: Any = 1
         """Number of samples of the call that is running."""
-        self._count = 0
+        self.unrolled = 0
+        """Steps inside of others in the call that is running."""
         self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
@@ -254,7 +258,7 @@ class Interpreted(nn.Module):
         """Outputs by name."""
         self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
-        self._count = 0
+        self.unrolled = 0
         for step, done in zip(self.steps, self._last_reads, strict=True):
             self.run([step], values)
             for name in done:  # what is known while importing is small, and may be asked for again
@@ -270,9 +274,6 @@ class Interpreted(nn.Module):
     def run(self, steps: Sequence[Step], values: dict[str, Value], suffix: str = "") -> None:
         """Compute the steps, reading from and adding to `values`; the suffix is for the names of layers and values."""
         for step in steps:
-            self._count += 1
-            if self._count > MOST_STEPS:
-                raise ModelImportError(f"The loops of the model make more than {MOST_STEPS} steps, unrolled.")
             results = self._result(step, values, suffix)
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
