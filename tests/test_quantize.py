@@ -18,7 +18,7 @@ from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx import export_onnx, to_onnx
 from slimgraph.deploy.processor import Processor
 from slimgraph.deploy.targets import TARGETS, resolved_target, target_named
-from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, UnknownNameError
+from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme
 from slimgraph.quantization.apply import apply_quantization, quantized_weight
@@ -309,11 +309,42 @@ def test_unusable_calibration_is_refused(chain, images):
         quantize(chain, calibration=[images[0] * float("nan")])
     with pytest.raises(DataError, match=r"batch 1.*takes"):
         quantize(chain, calibration=[images[0], images[0][:, :2]])
-    with pytest.raises(UnknownNameError, match="mse"):
-        quantize(chain, calibration=images, algorithm="msee")
     plan = plan_quantization(chain)
     with pytest.raises(ConfigError, match="no ranges"):
         apply_quantization(chain, plan)
+
+
+def unread():
+    """Calibration data that must not be touched."""
+    yield pytest.fail("the data were read")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"algorithm": "msee"}, UnknownNameError, "Closest: mse"),
+        ({"target": "onnxruntim"}, UnknownNameError, "onnxruntime"),
+        ({"skip": ["op:conv2d", "op:linear"]}, ProgramError, r"nothing to quantize .*fc: it was asked to"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_before_the_data_are_read(options, error, message, chain):
+    with pytest.raises(error, match=message):
+        quantize(chain, calibration=unread(), **options)
+
+
+def test_a_quantized_program_is_not_quantized_again(chain, images):
+    with pytest.raises(ProgramError, match="quantized already"):
+        quantize(quantize(chain, calibration=images), calibration=unread())
+
+
+def test_products_of_activations_alone_are_worth_quantizing():
+    class Product(nn.Module):
+        def forward(self, x, y):
+            return x @ y
+
+    pair = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    quantized = quantize(capture(Product(), pair), calibration=[pair], target="tensorrt")
+    assert quantized.history[-1].parameters["activations"] == 2
 
 
 def test_same_data_same_program(chain, images):

@@ -25,13 +25,12 @@ from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
-from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
+from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program
-from slimgraph.program.qdq import is_quantized
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.quantize import Quantization, prepare, quantize_with_record
-from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
+from slimgraph.quantization.quantize import Quantization, prepare, quantize_with_record, require_float, require_work
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
 from slimgraph.training.data import DataSource
@@ -130,7 +129,7 @@ def compress(
         target: where the model will run. "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI.
         metric: "top1", "top5" or "module:callable"; higher is better.
         max_drop: how much of the metric may be lost, absolute. A result that lost more is written, and says so first.
-        algorithm: one of `RANGE_ALGORITHMS`.
+        algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         skip: layers that stay float, as `select` takes them.
         seed: of all that is random.
         threads: with which latency is measured.
@@ -152,11 +151,7 @@ def compress(
     plan = plan_quantization(original, target=resolved, skip=skip)
     if dry_run:
         return plan
-    if not plan.weights:
-        kept = "; ".join(f"{name}: {why}" for name, why in plan.kept_float.items())
-        raise ProgramError(
-            f"The target {resolved} has nothing to quantize in this program{f' ({kept})' if kept else ''}."
-        )
+    require_work(plan)
     say = progress or _say_nothing
     how = Judged(
         calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
@@ -184,11 +179,9 @@ def compress(
 
 def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
     """Refuse what is wrong before any work is done."""
-    if is_quantized(program.graph):
-        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+    require_float(program)
     find_metric(metric)
-    if algorithm not in RANGE_ALGORITHMS:
-        raise UnknownNameError(f"There is no range algorithm {algorithm!r}. {closest(algorithm, RANGE_ALGORITHMS)}")
+    range_algorithm(algorithm)
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ConfigError(
             f"max_drop is {max_drop}; give 0 or more, in the metric's unit: 0.01 is one point of accuracy."

@@ -12,7 +12,7 @@ from slimgraph.program.names import value_of
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -99,9 +99,7 @@ def choose_ranges(
     A value behind a rectifier that will be left out starts at
     zero and ends where the rectifier cuts.
     """
-    if algorithm not in RANGE_ALGORITHMS:
-        raise UnknownNameError(f"There is no range algorithm {algorithm!r}. {closest(algorithm, RANGE_ALGORITHMS)}")
-    choose = RANGE_ALGORITHMS[algorithm]
+    choose = range_algorithm(algorithm)
     schemes = {quantizer.value: quantizer.scheme for quantizer in plan.activations}
     ranges = {}
     for owner in plan.range_owners:

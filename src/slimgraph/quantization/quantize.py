@@ -7,15 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from slimgraph.deploy.targets import Target, resolved_target, target_named
+from slimgraph.errors import ProgramError
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.program import Program
+from slimgraph.program.qdq import is_quantized
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -31,6 +33,29 @@ def prepare(program: Program, *, target: str | Target = "onnxruntime") -> Progra
     chosen = target_named(target) if isinstance(target, str) else target
     spelled = spell_out_attention(program) if chosen.computes_attention else program
     return remove_dropout(fold_batch_norm(spelled))
+
+
+def require_float(program: Program) -> None:
+    """Return if nothing in the program is quantized yet.
+
+    Raises:
+        ProgramError: it is; quantizers behind quantizers would only add up their errors.
+    """
+    if is_quantized(program.graph):
+        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+
+
+def require_work(plan: QuantizationPlan) -> None:
+    """Return if the plan quantizes anything.
+
+    Raises:
+        ProgramError: it does not; the message says what stays in float, and why.
+    """
+    if not plan.activations:
+        kept = "; ".join(f"{name}: {why}" for name, why in plan.kept_float.items())
+        raise ProgramError(
+            f"The target {plan.target} has nothing to quantize in this program{f' ({kept})' if kept else ''}."
+        )
 
 
 def quantize(
@@ -62,6 +87,7 @@ def quantize(
     Raises:
         CalibrationError, DataError: the data cannot be used.
         UnknownNameError, ConfigError: no such target, algorithm or layer, or the target has no kernel of that width.
+        ProgramError: the program is quantized already, or has nothing that the target computes in integers.
 
     >>> import torch
     >>> from slimgraph.program.capture import capture
@@ -69,6 +95,7 @@ def quantize(
     >>> quantize(program, calibration=[torch.randn(8, 4)]).state_dict()["weight"].dtype
     torch.int8
     """
+    require_float(program)
     chosen = resolved_target(target) if isinstance(target, str) else target
     prepared = prepare(program, target=chosen)
     plan = plan_quantization(
@@ -120,7 +147,10 @@ def quantize_with_record(
     Raises:
         CalibrationError, DataError: the data cannot be used.
         UnknownNameError: no such algorithm.
+        ProgramError: the plan quantizes nothing.
     """
+    range_algorithm(algorithm)
+    require_work(plan)
     say = stage or _say_nothing
     samples = 0
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from slimgraph.errors import CalibrationError, ConfigError
+from slimgraph.errors import CalibrationError, ConfigError, UnknownNameError, closest
 from slimgraph.program.scheme import IntScheme
 from slimgraph.quantization.density import Floats
 from slimgraph.quantization.kl import span_to_keep
@@ -142,6 +142,17 @@ and avg cuts deep into values of a few elements a sample, whose extremes differ 
 
 NEED_HISTOGRAM = frozenset({"hist", "KL", "mse", "emd", "ptf"})
 """Algorithms that cannot read statistics made with `histogram=False`."""
+
+
+def range_algorithm(name: str) -> Callable[..., Interval]:
+    """The algorithm of that name.
+
+    Raises:
+        UnknownNameError: there is none; the message offers the closest ones.
+    """
+    if name not in RANGE_ALGORITHMS:
+        raise UnknownNameError(f"There is no range algorithm {name!r}. {closest(name, RANGE_ALGORITHMS)}")
+    return RANGE_ALGORITHMS[name]
 
 
 def _extent(statistics: ValueStatistics, scheme: IntScheme) -> Interval:
