@@ -7,6 +7,7 @@ import torch
 
 from slimgraph.importers.paddle.graph import PaddleModel
 from slimgraph.importers.paddle.operators import steps_of
+from slimgraph.importers.paddle.operators_quantized import with_stored_codes
 from slimgraph.importers.paddle.read import read_model
 from slimgraph.importers.steps import Interpreted
 from slimgraph.importers.trace import Input, trace
@@ -40,12 +41,12 @@ def import_paddle(
 
 def program_of(model: PaddleModel, *, input_shapes: Mapping[str, Sequence[int]]) -> Program:
     """The program of a model that was read."""
-    steps = steps_of(model)
+    steps, tensors = with_stored_codes(steps_of(model), model.tensors)
     names = [value.name for value in model.inputs]
     outputs = [value.name for value in model.outputs]
 
     def make(baked: bool) -> Interpreted:
-        return Interpreted(steps, names, outputs, model.tensors, baked=baked)
+        return Interpreted(steps, names, outputs, tensors, baked=baked)
 
     return trace(
         make,

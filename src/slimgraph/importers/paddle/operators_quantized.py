@@ -3,7 +3,8 @@
 What the files call a scale is the largest magnitude: x ≈ code · scale / (2^(bits - 1) - 1).
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,21 +134,25 @@ def _stored_codes(step: Step, stored: Mapping[str, Tensor]) -> Any:
     return replace(step, operator=_DEQUANTIZE_STORED, inputs=tuple(added)), added
 
 
-def _quantized_weight(step: Step, stored: Mapping[str, Tensor]) -> Any:
-    """A weight that the model quantizes first: the codes are what it stores."""
-    name, scale = (*step.inputs, "", "")[:2]
-    if name not in stored or scale not in stored or step.attributes.get("only_observer"):
-        return None
-    axis = _axis(step.attributes) if stored[scale].numel() > 1 else None
-    codes = _of_real(step.attributes, stored[name], stored[scale].reshape(-1), axis)
-    return replace(step, operator=_AS_IT_IS, inputs=(name,)), {name: codes}
+def with_stored_codes(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[list[Step], dict[str, Tensor]]:
+    """The steps without those that quantize a stored weight; it becomes what they would make of it."""
+    readers = Counter(name for step in steps for name in step.inputs)
+    codes, renamed = dict(tensors), dict[str, str]()
+    kept: list[Step] = []
+    for step in steps:
+        name, scale = (*step.inputs, "", "")[:2]
+        is_own = readers[name] == 1 and name in tensors and scale in tensors
+        if step.kind != "quantize_linear" or step.attributes.get("only_observer") or not is_own:
+            kept.append(replace(step, inputs=tuple(renamed.get(name, name) for name in step.inputs)))
+            continue
+        axis = _axis(step.attributes) if tensors[scale].numel() > 1 else None
+        codes[name] = _of_real(step.attributes, tensors[name], tensors[scale].reshape(-1), axis)
+        renamed[step.outputs[0]] = name
+    return kept, codes
 
 
 def _identity(call: Call, x: Tensor, *_: Any) -> Tensor:
     return x
-
-
-_AS_IT_IS = Operator(run=_identity)
 
 
 # Values
@@ -271,7 +276,6 @@ ROWS: tuple[Row, ...] = (
         inputs=_LINEAR,
         outputs=_LINEAR_RESULTS,
         run=_quantize_linear,
-        prepare=_quantized_weight,
     ),
     Row(
         pir="dequantize_linear",

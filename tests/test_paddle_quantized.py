@@ -1,0 +1,190 @@
+"""Quantized models of Paddle: the integers that Paddle computes, in the library's own quantize–dequantize pairs."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from paddle_steps import Builder, Stored, array, run_pir, run_program
+from slimgraph.deploy.onnx import export_onnx
+from slimgraph.errors import ModelImportError
+from slimgraph.importers.paddle.graph import Value
+from slimgraph.importers.paddle.importer import program_of
+from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, is_quantized
+
+
+def on_grid(x, reach, *, lowest=-127, top=127):
+    """The nearest real value that has a code."""
+    return (np.clip(np.rint(x / reach * top), lowest, top) * reach / top).astype(np.float32)
+
+
+MOVING = "fake_quantize_dequantize_moving_average_abs_max"
+
+
+@pytest.mark.parametrize(("rounding", "lowest"), [({}, -127), ({"round_type": 1}, -127), ({"round_type": 0}, -128)])
+def test_values_are_rounded_to_a_known_range(rounding, lowest):
+    x = array(3, 4, low=-3, high=3)
+    x[0, 0] = -2.016  # 128 steps
+    given = {"X": x, "InScale": Stored(np.float32([2.0]))}
+    wanted = on_grid(x, 2.0, lowest=lowest)
+    found = run_program(MOVING, given, bit_length=8, is_test=True, **rounding)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    found = run_pir(MOVING, x, Stored(np.float32([2.0])), None, None, bit_length=8, is_test=True, **rounding)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_a_range_that_still_moves_is_refused():
+    with pytest.raises(ModelImportError, match="follows what it sees"):
+        run_program(MOVING, {"X": array(2), "InScale": Stored(np.float32([1]))}, bit_length=8, is_test=False)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_rounded_by_the_reach_of_their_channels(axis, bits):
+    weight, top = array(3, 4, 2, 2), 2 ** (bits - 1) - 1
+    reach = np.abs(weight).max(tuple(i for i in range(4) if i != axis), keepdims=True)
+    kind = "fake_channel_wise_quantize_dequantize_abs_max"
+    for stored in (Stored(weight), weight):  # a parameter, or what another operator makes
+        found, reaches = run_program(
+            kind, {"X": stored}, {"Out": 1, "OutScale": 1}, bit_length=bits, quant_axis=axis, round_type=1
+        )
+        np.testing.assert_allclose(found, on_grid(weight, reach, lowest=-top, top=top), atol=1e-6)
+        np.testing.assert_allclose(reaches, reach.reshape(-1), rtol=1e-6)
+    found = run_pir("fake_quantize_dequantize_abs_max", Stored(weight), bit_length=bits)
+    np.testing.assert_allclose(found, on_grid(weight, np.abs(weight).max(), lowest=-top, top=top), atol=1e-6)
+
+
+def test_codes_of_old_files_are_numbers_that_an_operator_computes_with():
+    x, weight = array(2, 3, low=-3, high=3), np.float32([[10, -127], [3, 4], [-5, 6]])
+    for kind in ("fake_quantize_range_abs_max", "fake_quantize_moving_average_abs_max"):
+        builder = Builder("program")
+        (x_name,), (w_name,) = builder.names(x), builder.names(Stored(weight))
+        (reach,), (weight_reach,) = builder.names(Stored(np.float32([2.0]))), builder.names(Stored(np.float32([0.5])))
+        outputs = {"Out": ("q",), "OutScale": ("s",)}
+        builder.add(kind, {"X": (x_name,), "InScale": (reach,)}, (), outputs, (), {"bit_length": 8, "is_test": True})
+        builder.add("matmul_v2", {"X": ("q",), "Y": (w_name,)}, (), {"Out": ("y",)}, (), {})
+        scales = {"X": ("y",), "Scale": (weight_reach,)}
+        builder.add("fake_dequantize_max_abs", scales, (), {"Out": ("z",)}, (), {"max_range": 127 * 127 / 2.0})
+        (found,) = builder.run(["z"])
+        np.testing.assert_allclose(found, on_grid(x, 2.0) @ (weight * np.float32(0.5 / 127)), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_that_are_only_dequantized_again_are_integers():
+    x = array(2, 3, low=-3, high=3)
+    builder = Builder("program")
+    (x_name,), (reach,) = builder.names(x), builder.names(Stored(np.float32([2.0])))
+    given = {"X": (x_name,), "InScale": (reach,)}
+    outputs = {"Out": ("q",), "OutScale": ("s",)}
+    attributes = {"bit_length": 8, "is_test": True}
+    builder.add("fake_quantize_range_abs_max", given, (), outputs, (), attributes)
+    scales = {"X": ("q",), "Scale": (reach,)}
+    builder.add("fake_dequantize_max_abs", scales, (), {"Out": ("y",)}, (), {"max_range": 127.0})
+    assert builder.run(["q"])[0].dtype == np.int8
+    np.testing.assert_allclose(builder.run(["y"])[0], on_grid(x, 2.0), atol=1e-6)
+
+
+def test_a_range_of_what_the_model_sees():
+    x = array(2, 3, low=-3, high=3)
+    codes, reach = run_program("fake_quantize_abs_max", {"X": x}, {"Out": 1, "OutScale": 1}, bit_length=8)
+    np.testing.assert_allclose(codes, np.rint(x / np.abs(x).max() * 127), atol=1e-5)
+    np.testing.assert_allclose(reach, [np.abs(x).max()], rtol=1e-6)
+    codes, reach = run_program("fake_channel_wise_quantize_abs_max", {"X": x}, {"Out": 1, "OutScale": 1}, quant_axis=1)
+    np.testing.assert_allclose(codes, np.rint(x / np.abs(x).max(0) * 127), atol=1e-5)
+    found = run_program(
+        "fake_channel_wise_dequantize_max_abs", {"X": codes, "Scales": [reach]}, quant_bits=(8,), quant_axis=1
+    )
+    np.testing.assert_allclose(found, codes * np.abs(x).max(0) / 127, rtol=1e-5)
+    both = {"X": codes, "Scales": [reach, np.float32([3.0])]}
+    found = run_program("fake_channel_wise_dequantize_max_abs", both, quant_bits=(8, 8), x_num_col_dims=1)
+    np.testing.assert_allclose(found, codes * np.abs(x).max(0) / 127 * 3 / 127, rtol=1e-5)
+
+
+def test_an_observer_leaves_its_input_as_it_is():
+    x = array(2, 3)
+    np.testing.assert_array_equal(run_program("moving_average_abs_max_scale", {"X": x}), x)
+    scale = [Stored(np.float32([1])), Stored(np.float32([0]))]
+    np.testing.assert_array_equal(run_pir("quantize_linear", x, *scale, only_observer=True), x)
+
+
+# Whole models: a convolution as PaddleSlim writes it for deployment, and as it writes it while training goes on.
+
+
+def model(generation, form):
+    """A convolution of a quantized picture by quantized weights, and the real values of both."""
+    weight, reach = array(4, 3, 3, 3, seed=1), np.float32([0.5, 0.9, 1.0, 2.0])
+    codes = np.clip(np.rint(weight / reach.reshape(-1, 1, 1, 1) * 127), -127, 127)
+    builder = Builder(generation)
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=(None, 3, None, None))
+    stored = {"x_scale": np.float32([0.8]), "zero": np.float32([0.0]), "zeros": np.zeros(4, np.float32)}
+    stored["conv2d_0.w_0@scale"] = reach
+    stored["conv2d_0.w_0"] = {"int8": codes.astype(np.int8), "float codes": codes.astype(np.float32)}.get(form, weight)
+    linear = {"bit_length": 8, "round_type": 1, "is_test": True, "only_observer": False}
+
+    def add(kind, inputs, output, attributes):
+        operands = tuple((name,) for name in inputs.values())
+        key = {"conv2d": "Output", MOVING: "Out", "fake_channel_wise_quantize_dequantize_abs_max": "Out"}.get(kind, "Y")
+        given = {parameter: (name,) for parameter, name in inputs.items()}
+        builder.add(kind, given, operands, {key: (output,)}, ((output,),), attributes)
+
+    if form == "rounded":
+        add(MOVING, {"X": "x", "InScale": "x_scale"}, "x_real", {"bit_length": 8, "is_test": True, "round_type": 1})
+        kind, attributes = "fake_channel_wise_quantize_dequantize_abs_max", {"bit_length": 8, "quant_axis": 0}
+        add(kind, {"X": "conv2d_0.w_0"}, "w_real", attributes)
+        real = on_grid(weight, np.abs(weight).max((1, 2, 3), keepdims=True))
+        del stored["conv2d_0.w_0@scale"], stored["zero"], stored["zeros"]
+    else:
+        x_scale = {"Scale": "x_scale", "ZeroPoint": "zero"}
+        add("quantize_linear", {"X": "x", **x_scale}, "x_codes", {**linear, "quant_axis": -1})
+        add("dequantize_linear", {"X": "x_codes", **x_scale}, "x_real", {**linear, "quant_axis": -1})
+        w_scale = {"Scale": "conv2d_0.w_0@scale", "ZeroPoint": "zeros"}
+        source = "conv2d_0.w_0"
+        if form == "floats":
+            add("quantize_linear", {"X": source, **w_scale}, "w_codes", {**linear, "quant_axis": 0})
+            source = "w_codes"
+        add("dequantize_linear", {"X": source, **w_scale}, "w_real", {**linear, "quant_axis": 0})
+        real = (codes * reach.reshape(-1, 1, 1, 1) / 127).astype(np.float32)
+    add("conv2d", {"Input": "x_real", "Filter": "w_real"}, "y", {"strides": (1, 1), "paddings": (1, 1)})
+    builder.tensors.update({name: torch.from_numpy(value) for name, value in stored.items()})
+    return program_of(builder.model(["y"]), input_shapes={}), real
+
+
+FORMS = [("int8", "program"), ("float codes", "pir"), ("floats", "program"), ("rounded", "pir")]
+
+
+@pytest.mark.parametrize(("form", "generation"), FORMS)
+def test_a_quantized_convolution_keeps_its_integers(form, generation):
+    program, weight = model(generation, form)
+    assert is_quantized(program.graph)
+    assert {QUANTIZE, DEQUANTIZE, DEQUANTIZE_CHANNELS} <= {node.target for node in program.graph.nodes}
+    kept = dict(program.graph_module.named_buffers())["conv2d_0.w_0"]
+    assert kept.dtype == torch.int8
+    assert not list(program.graph_module.parameters())
+    for samples in (1, 3):
+        x = array(samples, 3, 8, 10, seed=samples)
+        wanted = torch.conv2d(torch.from_numpy(on_grid(x, 0.8)), torch.from_numpy(weight), padding=1)
+        torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantized_convolution_is_exported_with_its_integers(tmp_path):
+    program, weight = model("program", "int8")
+    path, x = tmp_path / "model.onnx", array(3, 3, 8, 10)
+    export_onnx(program, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x})
+    wanted = torch.conv2d(torch.from_numpy(on_grid(x, 0.8)), torch.from_numpy(weight), padding=1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_two_operators_read_differently_stays_what_it_is():
+    weight = array(4, 3)
+    builder = Builder("program")
+    (x,) = builder.names(array(2, 4))
+    builder.tensors["w"] = torch.from_numpy(weight)
+    kind = "fake_quantize_dequantize_abs_max"
+    builder.add(kind, {"X": ("w",)}, (), {"Out": ("r",)}, (), {"bit_length": 8})
+    builder.add("matmul_v2", {"X": (x,), "Y": ("r",)}, (), {"Out": ("a",)}, (), {})
+    builder.add("matmul_v2", {"X": (x,), "Y": ("w",)}, (), {"Out": ("b",)}, (), {})
+    a, b = builder.run(["a", "b"])
+    given = builder.given[0].numpy()
+    np.testing.assert_allclose(a, given @ on_grid(weight, np.abs(weight).max()), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(b, given @ weight, rtol=1e-5, atol=1e-6)
