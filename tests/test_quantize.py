@@ -314,6 +314,29 @@ def test_unusable_calibration_is_refused(chain, images):
         apply_quantization(chain, plan)
 
 
+def test_statistics_that_do_not_serve_the_plan_are_refused(chain, images):
+    program = prepare(chain)
+    plan = plan_quantization(program)
+    extremes = collect_statistics(program, values_to_observe(plan), images[:1], histogram=False)
+    with pytest.raises(CalibrationError, match=r"'mse' reads histograms.*histogram=True"):
+        choose_ranges(plan, extremes, algorithm="mse")
+    del extremes["x"]
+    with pytest.raises(CalibrationError, match=r"lack 1 values of the plan, 'x' first.*values_to_observe"):
+        choose_ranges(plan, extremes)
+
+
+def test_a_plan_is_applied_to_the_program_that_it_was_made_for_only(chain, images):
+    program = prepare(chain)
+    plan = plan_quantization(program)
+    ranged = choose_ranges(plan, collect_statistics(program, values_to_observe(plan), images))
+    other = capture(nn.Sequential(nn.Conv2d(3, 8, 3)), images[0][:1])
+    with pytest.raises(ConfigError, match=r"does not have\. .*program that it was made for"):
+        apply_quantization(other, ranged)
+    layer = dataclasses.replace(plan.weights[0], value="conv11")
+    with pytest.raises(ConfigError, match=r"'conv11'.*Closest: conv1"):
+        apply_quantization(program, dataclasses.replace(ranged, weights=(layer,)))
+
+
 def unread():
     """Calibration data that must not be touched."""
     yield pytest.fail("the data were read")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, closest
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
@@ -50,9 +50,13 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     """
     if plan.activations and not plan.ranges:
         raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
-    missing = sorted({a.value for a in plan.activations} - program.values.keys())
-    if missing:
-        raise ConfigError(f"The plan speaks of the value {missing[0]!r}, which this program does not have.")
+    existing = program.values
+    for name in (*(a.value for a in plan.activations), *(w.value for w in plan.weights)):
+        if name not in existing:
+            raise ConfigError(
+                f"The plan speaks of the value {name!r}, which this program does not have. {closest(name, existing)} "
+                "Apply it to the program that it was made for: one that `prepare` gave, if that was."
+            )
     quantized = program.copy()
     grids = _grids(plan)
     values = quantized.values

@@ -12,7 +12,7 @@ from slimgraph.program.names import value_of
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -84,7 +84,10 @@ def collect_statistics(
 def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:
     for name, tensor in batch.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"Calibration batch {index}: input {name!r} has NaN or infinite values.")
+            raise DataError(
+                f"Calibration batch {index}: input {name!r} has NaN or infinite values. "
+                "Repair those samples, or leave them out."
+            )
 
 
 def choose_ranges(
@@ -96,11 +99,29 @@ def choose_ranges(
 ) -> QuantizationPlan:
     """The plan with the range that `algorithm` reads from the statistics for each scale.
 
-    A value behind a rectifier that will be left out starts at
-    zero and ends where the rectifier cuts.
+    A value behind a rectifier that will be left out starts at zero and ends where the rectifier cuts.
+
+    Args:
+        statistics: of `values_to_observe(plan)` at least.
+        algorithm: a name in `RANGE_ALGORITHMS`.
+        options: of that algorithm, as `hist_percent=0.9999` of hist.
+    Raises:
+        UnknownNameError: there is no such algorithm.
+        CalibrationError: the statistics lack a value, or the histograms that the algorithm reads.
     """
     choose = range_algorithm(algorithm)
     schemes = {quantizer.value: quantizer.scheme for quantizer in plan.activations}
+    missing = [owner for owner in plan.range_owners if owner not in statistics]
+    if missing:
+        raise CalibrationError(
+            f"The statistics lack {len(missing)} values of the plan, {missing[0]!r} first. "
+            "Collect those of values_to_observe(plan)."
+        )
+    if algorithm in NEED_HISTOGRAM and any(statistics[owner].histogram is None for owner in plan.range_owners):
+        raise CalibrationError(
+            f"The algorithm {algorithm!r} reads histograms, and the statistics have none. "
+            "Collect them with histogram=True."
+        )
     ranges = {}
     for owner in plan.range_owners:
         low, high = choose(statistics[owner], schemes[owner], **options)

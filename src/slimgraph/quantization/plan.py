@@ -88,7 +88,9 @@ class QuantizationPlan:
         known = {a.value: a.known_range for a in self.activations if a.known_range is not None}
         missing = sorted({a.range_of for a in self.activations} - ranges.keys() - known.keys())
         if missing:
-            raise ConfigError(f"The ranges lack {len(missing)} values, the first is {missing[0]!r}.")
+            raise ConfigError(
+                f"The ranges lack {len(missing)} values, {missing[0]!r} first. Give one for each of `range_owners`."
+            )
         return replace(self, ranges={**ranges, **known})
 
     @property
