@@ -13,11 +13,13 @@ import torch
 
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
+from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.errors import ConfigError, ExportError
 from slimgraph.files import replacing
 from slimgraph.program.cast import cast
 from slimgraph.program.program import Program
 from slimgraph.program.reexport import reexport
+from slimgraph.program.tail import Tail
 
 OPSET = 21
 """The first version whose QuantizeLinear takes 16-bit codes and block sizes; quantized models need at least this."""
@@ -37,19 +39,42 @@ def export_onnx(
     *,
     precision: str = "float32",
     external_data_above: int = _LARGEST_MODEL_BYTES,
+    with_tail: bool = True,
 ) -> None:
     """Write a program as an ONNX file; equal programs give equal bytes.
 
     Inputs and outputs have the names of the signature, free axes keep their names, values are named as in the program.
+    With a tail, outputs are those of the model that the program was read from.
 
     Args:
-        precision: "float32", "float16" or "bfloat16"; inputs and outputs change with it.
+        precision: "float32", "float16" or "bfloat16"; inputs and outputs change with it. A tail stays as it is.
         external_data_above: weights of more bytes than this are written to `<path>.data`.
+        with_tail: False leaves the program's tail out, so that the file computes what the program computes.
     Raises:
-        ExportError: an operator of the program has no ONNX form.
+        ExportError: an operator of the program has no ONNX form, or the tail none beside it.
         OutputError: the file cannot be written; an older one stays whole.
     """
-    model = to_onnx(program, precision=precision)
+    _write(to_onnx(program, precision=precision, with_tail=with_tail), path, external_data_above)
+
+
+def add_tail(
+    tail: Tail,
+    head: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    external_data_above: int = _LARGEST_MODEL_BYTES,
+) -> None:
+    """Write the file `head`, which `export_onnx` has written without its tail, to `path` with it.
+
+    Raises:
+        ExportError, OutputError: as `export_onnx`.
+    """
+    model = ir.load(head)
+    stitch(model, tail)
+    _write(model, path, external_data_above)
+
+
+def _write(model: ir.Model, path: str | os.PathLike[str], external_data_above: int) -> None:
     target = Path(path)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size <= external_data_above:
@@ -75,7 +100,7 @@ def _point_to(path: Path, old: str, new: str) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
+def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = True) -> ir.Model:
     """The program as an ONNX model in memory; see `export_onnx`."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
@@ -96,6 +121,8 @@ def to_onnx(program: Program, *, precision: str = "float32") -> ir.Model:
     name_values(model, prepared.signature)
     merge_pads(model)
     clean_up(model)
+    if with_tail and program.tail is not None:
+        stitch(model, program.tail)
     return model
 
 
