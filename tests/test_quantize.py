@@ -245,6 +245,26 @@ def test_the_quantized_program_holds_integers_and_says_so(chain, images):
     assert chain.state_dict()["conv1.weight"].dtype == torch.float32  # the original is as it was
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_a_network_computes_as_well_in_small_units_as_in_large_ones(where, unit):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, bias=False)
+    data = torch.rand(16, 3, 8, 8) * (unit if where == "input" else 1.0)
+    with torch.no_grad():
+        conv.weight *= unit if where == "weight" else 1.0
+    program = capture(nn.Sequential(conv, nn.ReLU()).eval(), data[:1])
+    quantized = quantize(program, calibration=[data])
+    assert snr_db(program(data) / unit, quantized(data) / unit) > 40  # as with a unit of one
+
+
+def test_what_is_zero_everywhere_has_a_scale_to_divide_by():
+    for scheme in (IntScheme(), IntScheme(signed=False, symmetric=False)):
+        scale, zero_point = scheme.parameters(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 2.0]))
+        assert scale[0] == torch.tensor(1e-8) < scale[1]
+        assert zero_point[0] == 0
+
+
 def test_a_bias_too_large_for_its_grid_widens_the_weight_scale(images):
     model = Chain().eval()
     with torch.no_grad():

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from slimgraph.errors import ConfigError
 
-SMALLEST_SCALE = 1e-8
-"""A constant tensor has no spread; its scale is this, so that nothing divides by zero."""
+EMPTY_SCALE = 1e-8
+"""Scale of an interval without extent, such as that of zeros, so that nothing divides by zero."""
+
+SMALLEST_SCALE = 1e-18
+"""Scales are at least this: the product of two, which is a bias's, is then an ordinary float32 still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class IntScheme:
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the grid that covers the real interval from `low` to `high`.
 
-        Zero is always on the grid: the interval is extended to hold it. An empty interval gets `SMALLEST_SCALE`.
+        Zero is always on the grid: the interval is extended to hold it. An empty interval gets `EMPTY_SCALE`.
         `low` and `high` have one element, or one for each index of `axis`; the results have the same shape.
         """
         first, last = self.code_range
@@ -58,12 +61,16 @@ class IntScheme:
         if self.symmetric:
             middle = 0 if self.signed else 2 ** (self.bits - 1)
             reach = torch.maximum(-low64, high64)
-            scale = (reach / (last - middle)).clamp(min=SMALLEST_SCALE)
+            scale = _usable(reach / (last - middle))
             zero_point = torch.full_like(scale, middle)
         else:
-            scale = ((high64 - low64) / (last - first)).clamp(min=SMALLEST_SCALE)
+            scale = _usable((high64 - low64) / (last - first))
             zero_point = (first - low64 / scale).round().clamp(first, last)
         return scale.float(), zero_point.to(torch.int32)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0.0, scale.clamp(min=SMALLEST_SCALE), EMPTY_SCALE)
 
 
 def _broadcast(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
