@@ -119,7 +119,8 @@ def convert(
 def _write_checked(program: Program, target: Path, precision: str) -> None:
     # These take seconds to import, and neither loading nor a .pt2 needs them.
     from slimgraph.deploy.check_export import SAMPLES, check_export
-    from slimgraph.deploy.onnx import PRECISIONS, export_onnx
+    from slimgraph.deploy.onnx import PRECISIONS, add_tail, export_onnx
+    from slimgraph.deploy.onnx_tail import check_stitched
     from slimgraph.deploy.random_inputs import random_inputs
 
     try:
@@ -128,17 +129,25 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
         raise OutputError(
             f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
         ) from error
-    with aside as folder:
+    with aside as folder, TemporaryDirectory(dir=folder) as inner:
         written = Path(folder) / target.name
-        export_onnx(program, written, precision=precision)
-        if PRECISIONS[precision] in _HALVES or _is_half(program):
-            _check_rules(written)
+        head = written if program.tail is None else Path(inner) / target.name
+        export_onnx(program, head, precision=precision, with_tail=False)
+        # Samples that differ, or one that leaks into another could not be seen.
+        batch = None if program.signature.batch_axis is None else SAMPLES
+        inputs = random_inputs(program.signature, batch=batch)
+        is_half = PRECISIONS[precision] in _HALVES or _is_half(program)
+        if is_half:
+            _check_rules(head)
         else:
-            # Samples that differ, or one that leaks into another could not be seen.
-            batch = None if program.signature.batch_axis is None else SAMPLES
-            check_export(program, written, random_inputs(program.signature, batch=batch))
+            check_export(program, head, inputs)
+        if program.tail is not None:
+            add_tail(program.tail, head, written)
+            if not is_half:
+                check_stitched(written, head, program.tail, inputs)
         try:
-            for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights of a large model before the model
+            files = (path for path in Path(folder).iterdir() if path.is_file())
+            for part in sorted(files, reverse=True):  # the weights of a large model before the model
                 part.replace(target.parent / part.name)
         except OSError as error:
             raise OutputError(f"Cannot write {target}: {error.strerror}. What stood there is unchanged.") from error

@@ -7,6 +7,7 @@ from slimgraph.deploy.kernels import KernelCount
 from slimgraph.deploy.latency import LatencyComparison
 from slimgraph.program.count import Count
 from slimgraph.program.program import HistoryEntry
+from slimgraph.program.tail import Tail
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import MetricResult
@@ -41,6 +42,16 @@ def capture_notices(history: tuple[HistoryEntry, ...]) -> Iterator[Notice]:
         lost = entry.parameters.get("lost_in_training")
         if isinstance(lost, list) and lost:
             yield Notice(level="notice", text=f"Of its training behaviour the model lost {_listed(lost)}.")
+
+
+def tail_notices(tail: Tail | None) -> Iterator[Notice]:
+    """What of the model is not measured."""
+    if tail is not None:
+        yield Notice(
+            level="notice",
+            text=f"All numbers are of the network without its post-processing ({_listed([*tail.operators()])}), which "
+            "model.onnx has as the original.",
+        )
 
 
 def placement_notices(plan: QuantizationPlan) -> Iterator[Notice]:

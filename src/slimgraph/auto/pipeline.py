@@ -17,12 +17,14 @@ from slimgraph.auto.notices import (
     metric_notices,
     placement_notices,
     speed_notices,
+    tail_notices,
     target_notices,
 )
 from slimgraph.auto.outcome import Progress, is_measured
 from slimgraph.auto.staging import staging
 from slimgraph.deploy.check_export import check_export
-from slimgraph.deploy.onnx import export_onnx
+from slimgraph.deploy.onnx import add_tail, export_onnx
+from slimgraph.deploy.onnx_tail import check_stitched
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
@@ -203,6 +205,12 @@ def _try_out(
     if float_reference is not None:
         reference = OnnxModel.open(float_reference)
         reference.signature.bind(next(iter(calibration)).inputs, where=f"A batch for {os.fspath(float_reference)}")
+        wanted, found = ([spec.name for spec in model.signature.outputs] for model in (program, reference))
+        if program.tail is not None and not set(wanted) <= set(found):
+            raise ConfigError(
+                f"{os.fspath(float_reference)} computes {', '.join(found)}. Measured is the network without its "
+                f"post-processing, which computes {', '.join(wanted)}. Leave the reference out."
+            )
 
 
 def _quantized(
@@ -228,15 +236,24 @@ def _measured(
     say: Progress,
 ) -> Measurements:
     """Write the quantized program as ONNX, check it, and measure it against the original."""
-    say("Writing ONNX", 0, None)
-    export_onnx(quantized.program, file)
-    say("Checking the ONNX file", 0, None)
-    check_export(quantized.program, file, next(iter(how.calibration)).inputs)
+    tail = quantized.program.tail
     with TemporaryDirectory(dir=file.parent) as scratch:
+        # What is measured is the network: post-processing is the same before and after, and no float to compare.
+        head = file if tail is None else Path(scratch) / "model.onnx"
+        say("Writing ONNX", 0, None)
+        export_onnx(quantized.program, head, with_tail=False)
+        say("Checking the ONNX file", 0, None)
+        some = next(iter(how.calibration)).inputs
+        check_export(quantized.program, head, some)
+        if tail is not None:
+            add_tail(tail, head, file)
+            signature = quantized.program.signature
+            one = {name: x[:1] if name in signature.batched else x for name, x in signature.bind(some).items()}
+            check_stitched(file, head, tail, one)
         reference = Path(scratch) / "float.onnx" if float_reference is None else Path(float_reference)
         if float_reference is None:
-            export_onnx(program, reference)
-        return measure(reference, file, quantized.prepared, quantized.program, how, say)
+            export_onnx(program, reference, with_tail=False)
+        return measure(reference, head, quantized.prepared, quantized.program, how, say)
 
 
 def _notices(program: Program, quantized: Quantization, found: Measurements, how: Judged) -> Iterator[Notice]:
@@ -244,6 +261,7 @@ def _notices(program: Program, quantized: Quantization, found: Measurements, how
     yield from speed_notices(quantized.plan, found.kernels_after, found.latency)
     yield from placement_notices(quantized.plan)
     yield from capture_notices(program.history)
+    yield from tail_notices(program.tail)
 
 
 def _title(program: Program) -> str:

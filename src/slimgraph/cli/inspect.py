@@ -42,6 +42,12 @@ def _of_program(name: str, program: "Program") -> Answer:
     layers.add_section()
     layers.add_row("total", "", "", f"{counted.parameters:,}", f"{counted.macs:,}")
     steps = [f"  {_step(entry)}" for entry in program.history]
+    tail = program.tail
+    behind = (
+        [f"Post-processing, kept as ONNX: {', '.join(tail.operators())}. An .onnx file has {', '.join(tail.outputs)}."]
+        if tail is not None
+        else []
+    )
     uncounted = f"Not counted, for want of a rule: {', '.join(counted.uncounted)}." if counted.uncounted else ""
     return Answer(
         data={
@@ -56,6 +62,7 @@ def _of_program(name: str, program: "Program") -> Answer:
             "weight_bytes": counted.weight_bytes,
             "uncounted": counted.uncounted,
             "operators": dict(operators.most_common()),
+            **({"tail": {"operators": tail.operators(), "outputs": tail.outputs}} if tail is not None else {}),
             "history": program.history,
         },
         shown=(
@@ -65,6 +72,7 @@ def _of_program(name: str, program: "Program") -> Answer:
             f"{counted.weight_bytes:,} bytes of weights.",
             *([uncounted] if uncounted else []),
             _operators(operators),
+            *behind,
             *(["History:", *steps] if steps else ["No history."]),
         ),
     )

@@ -91,7 +91,7 @@ def _traced(model: Model, split: Split | None, input_shapes: InputShapes) -> Pro
         sizes=input_shapes,
         step="import_onnx",
         parameters={**told, "torch": torch.__version__},
-        one_sample_because="" if split is None else "the post-processing was made for one sample",
+        one_sample_because="" if split is None else "the post-processing that was split off was made for one sample.",
     )
     if split is not None:
         program.tail = tail_of(split, model, program.signature)
