@@ -426,12 +426,6 @@ def test_load_and_save_go_by_the_suffix(tmp_path):
     assert_equal_outputs(captured("ConvChain"), formats.load(tmp_path / "model.PT2"), positional("ConvChain", 2))
 
 
-def test_onnx_is_written_but_not_yet_loaded(tmp_path):
-    formats.save(captured("ConvChain"), tmp_path / "model.onnx")
-    with pytest.raises(ModelLoadError, match="run and measured, but not yet be loaded for compression"):
-        formats.load(tmp_path / "model.onnx")
-
-
 @pytest.mark.parametrize("suffix", [".txt", ".safetensors", ".onnx.gz", ""])
 def test_a_model_is_not_written_under_a_suffix_that_says_nothing(suffix, tmp_path):
     with pytest.raises(ExportError, match=r"give \.pt2 or \.onnx"):

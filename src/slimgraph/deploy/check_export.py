@@ -183,11 +183,15 @@ def _mean(values: Tensor) -> float:
 
 
 def _same_greatest(expected: Tensor, got: Tensor, margin: float) -> Tensor:
-    """For each row, whether the greatest element is the same, or within `margin` of it in the expected row."""
-    if expected.dim() < 2 or expected.shape[-1] < 2:
+    """For each place, whether its greatest class is the same, or within `margin` of it in the expected output.
+
+    Classes lie along the last axis of rows and sequences, and along the second one of pictures.
+    """
+    axis = -1 if expected.dim() < 4 else 1
+    if expected.dim() < 2 or expected.shape[axis] < 2:
         return torch.ones(0, dtype=torch.bool)
-    ours, theirs = expected.argmax(-1, keepdim=True), got.argmax(-1, keepdim=True)
-    near = expected.gather(-1, theirs) >= expected.amax(-1, keepdim=True) - margin
+    ours, theirs = expected.argmax(axis, keepdim=True), got.argmax(axis, keepdim=True)
+    near = expected.gather(axis, theirs) >= expected.amax(axis, keepdim=True) - margin
     return (near | (ours == theirs)).flatten()  # where both are NaN, which counts as the greatest, nothing is near
 
 

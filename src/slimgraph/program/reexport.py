@@ -14,7 +14,11 @@ def reexport(program: Program) -> torch.export.ExportedProgram:
     """
     signature = program.signature
     sizes = {name: max(size, 2) for name, size in signature.example_sizes.items()}
-    dims = {name: torch.export.Dim(name) for name in signature.free_axes}
+    # As in `capture`: other axes than the batch may have conditions, which a named one must not.
+    dims = {
+        name: torch.export.Dim(name) if name == signature.batch_axis else torch.export.Dim.DYNAMIC
+        for name in signature.free_axes
+    }
     shapes = tuple(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
         for spec in signature.inputs
