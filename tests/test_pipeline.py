@@ -252,7 +252,7 @@ def test_agreement_counts_equal_classes():
 def test_without_classes_the_closeness_of_the_output_is_told_and_not_limited():
     batches = [Batch({"x": torch.ones(2, 3, 4)}, None)]
     found = measure_agreement(lambda x: x, lambda x: 0.9 * x, batches, max_drop=0.01, seed=0)
-    assert found.name == "closeness to the original's output"
+    assert (found.name, found.kind) == ("closeness to the original's output", "closeness")
     assert found.after == pytest.approx(0.9)
     assert not found.exceeds_max_drop
     assert "was not applied" in next(metric_notices(found, on_calibration_data=False, limit=0.01)).text

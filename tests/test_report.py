@@ -54,6 +54,10 @@ def agreement(after, max_drop=None):
     return MetricResult(name="top-1", kind="agreement", before=1.0, after=after, samples=744, max_drop=max_drop)
 
 
+def closeness(after):
+    return MetricResult(name="closeness", kind="closeness", before=1.0, after=after, samples=744)
+
+
 def latency(original_ms=17.0, compressed_ms=10.0, **conditions):
     return sample_latency(original_ms, compressed_ms, **conditions)
 
@@ -98,6 +102,13 @@ def test_a_good_result_is_one_sentence_without_alarms():
             "AGREEMENT DROPS BY MORE THAN THE ALLOWED 2 POINTS; SLOWER THAN THE ORIGINAL; ACCURACY NOT MEASURED, ONLY "
             "AGREEMENT WITH THE ORIGINAL — int8 model: same answer as the original on 93.0 % of 744 samples, "
             "3.9× smaller, 3.0× slower on one thread",
+        ),
+        (
+            closeness(0.9912),
+            latency(),
+            "caution",
+            "ACCURACY NOT MEASURED, ONLY CLOSENESS TO THE ORIGINAL — int8 model: output 99.12 % close to the original's "
+            "on 744 samples, 3.9× smaller, 1.7× faster on one thread",
         ),
         (
             accuracy(after=math.nan),
@@ -547,7 +558,13 @@ def test_pruned_parameters_are_shown_as_a_change():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"metric": None, "latency": None}, {"metric": agreement(0.99)}, {"metric": accuracy(after=math.nan)}]
+    "changes",
+    [
+        {"metric": None, "latency": None},
+        {"metric": agreement(0.99)},
+        {"metric": closeness(0.99)},
+        {"metric": accuracy(after=math.nan)},
+    ],
 )
 def test_a_page_with_gaps_says_its_first_line(changes):
     report = sample_report(**changes, layers=(), histograms=(), history=(), notices=())

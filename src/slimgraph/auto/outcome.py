@@ -95,7 +95,7 @@ def measure_agreement(
     if found.same is None:
         return MetricResult(
             name="closeness to the original's output",
-            kind="accuracy",
+            kind="closeness",
             before=1.0,
             after=found.value,
             samples=found.samples,

@@ -40,10 +40,11 @@ class MetricResult:
     """A metric of both models on the same samples; higher is better."""
 
     name: str
-    kind: Literal["accuracy", "agreement"]
-    """`agreement` compares answers with those of the original, and says nothing about how many are right."""
+    kind: Literal["accuracy", "agreement", "closeness"]
+    """`agreement` compares answers with those of the original, and `closeness` numbers where there are no answers to
+    count: they say nothing about how many are right."""
     before: float
-    """Always 1 for agreement: the original agrees with itself."""
+    """Always 1 for agreement and closeness: the original is like itself."""
     after: float
     samples: int
     max_drop: float | None = None

@@ -28,6 +28,14 @@ class Headline:
         return f"{'; '.join(self.alarms).upper()} — {self.summary}" if self.alarms else self.summary
 
 
+_RELATIVE = {"agreement": "Same answer as the original", "closeness": "Closeness to the original's output"}
+
+
+def title_text(metric: MetricResult) -> str:
+    """What the metric is called above its value."""
+    return _RELATIVE.get(metric.kind, metric.name)
+
+
 def value_text(metric: MetricResult, value: float) -> str:
     """A value of the metric in its unit."""
     return percent(value) if metric.unit == "fraction" else number(value, 4)
@@ -75,6 +83,8 @@ def conditions_text(latency: LatencyComparison) -> str:
 def _metric_clause(metric: MetricResult) -> str:
     if metric.kind == "agreement":
         return f"same answer as the original on {percent(metric.after)} of {metric.samples:,} samples"
+    if metric.kind == "closeness":
+        return f"output {percent(metric.after)} close to the original's on {metric.samples:,} samples"
     if not isfinite(metric.drop):
         return f"{metric.name} {value_text(metric, metric.after)} (was {value_text(metric, metric.before)})"
     change = change_text(metric)
@@ -110,6 +120,8 @@ def _gaps(metric: MetricResult | None, latency: LatencyComparison | None) -> lis
         gaps.append("accuracy not measured")
     elif metric.kind == "agreement":
         gaps.append("accuracy not measured, only agreement with the original")
+    elif metric.kind == "closeness":
+        gaps.append("accuracy not measured, only closeness to the original")
     if latency is None:
         gaps.append("latency not measured")
     return gaps

@@ -19,7 +19,7 @@ from slimgraph.program.program import Json
 from slimgraph.report import words
 from slimgraph.report.content import Report, ValueHistogram, to_json, worst_first
 from slimgraph.report.facts import IntegerKernels, MetricResult, ModelFacts
-from slimgraph.report.headline import change_text, conditions_text, size_text, speed_text, value_text
+from slimgraph.report.headline import change_text, conditions_text, size_text, speed_text, title_text, value_text
 from slimgraph.report.plots import accuracy_latency, draw_accuracy_latency, draw_range_histogram, range_histogram
 
 
@@ -51,15 +51,15 @@ def _metric_lines(report: Report) -> Iterator[Comparison]:
     metric = report.metric
     if metric is None:
         return
-    agreement = metric.kind == "agreement"
+    is_relative = metric.kind != "accuracy"  # to the original, of which there is nothing to say then
     change = change_text(metric)
     if metric.change_interval is not None:
         change = f"{change} ({_interval_text(metric, metric.change_interval)})"
     yield Comparison(
-        quantity=f"{'Same answer as the original' if agreement else metric.name}, {metric.samples:,} samples",
-        before=words.MISSING if agreement else value_text(metric, metric.before),
+        quantity=f"{title_text(metric)}, {metric.samples:,} samples",
+        before=words.MISSING if is_relative else value_text(metric, metric.before),
         after=value_text(metric, metric.after),
-        change="" if agreement else change,
+        change="" if is_relative else change,
     )
 
 
@@ -188,6 +188,7 @@ def render_page(report: Report) -> str:
         change=None if report.metric is None else change_text(report.metric),
         size_change=size_text(report.original, report.compressed),
         speed_change=None if report.latency is None else speed_text(report.latency),
+        title=title_text,
         value=value_text,
         plane=_plane(report),
         histograms=[(histogram, _range(index, histogram)) for index, histogram in enumerate(report.histograms)],
