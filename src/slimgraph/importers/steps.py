@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from keyword import kwlist
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
@@ -191,12 +192,12 @@ class Call:
         """An error about this step."""
         return ModelImportError(f"{describe(self.step)} cannot be imported: {reason}.")
 
-    def undecidable(self, reason: str) -> "Undecidable":
+    def undecidable(self, reason: str) -> "UndecidableError":
         """An error about this step, which depends on what the model's inputs hold."""
-        return Undecidable(self.step, f"{describe(self.step)} cannot be imported: {reason}.")
+        return UndecidableError(self.step, f"{describe(self.step)} cannot be imported: {reason}.")
 
 
-class Undecidable(ModelImportError):
+class UndecidableError(ModelImportError):
     """A step whose course or sizes depend on what the model's inputs hold, so that no tensor program can have it."""
 
     def __init__(self, step: Step, message: str) -> None:
@@ -452,9 +453,10 @@ def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tup
 def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -> dict[str, str]:
     """Keep tensors in a module under their names, where a dot is a level; returns the path of each.
 
-    A name that would be a level of another one (`a` beside `a.b`), or an attribute of modules, gets an underscore.
+    A name that would be a level of another one (`a` beside `a.b`), an attribute of modules, or a word of Python gets an
+    underscore.
     """
-    own = {*dir(nn.Module()), *dir(module)}
+    own = {*dir(nn.Module()), *dir(module), *kwlist}
     levels = {name[:i] for name in tensors for i, sign in enumerate(name) if sign == "."}
     taken: set[str] = set()
     paths = {}

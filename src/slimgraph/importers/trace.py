@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ModelImportError, closest
-from slimgraph.importers.steps import MARK, Interpreted, Undecidable
+from slimgraph.importers.steps import MARK, Interpreted, UndecidableError
 from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import operator_name, set_names, unused, value_of
@@ -58,7 +58,7 @@ def trace(
         step, parameters: for the history.
         one_sample_because: why the one sample that a file fixes stays the only one; empty: it need not.
     Raises:
-        Undecidable: a step depends on what the inputs hold, which no other way of tracing would change.
+        UndecidableError: a step depends on what the inputs hold, which no other way of tracing would change.
         ModelImportError: no way of tracing works; the message says why the last one does not.
     """
     by_name = _by_name(inputs, sizes)
@@ -71,7 +71,7 @@ def trace(
         try:
             program = recognise_in_place(_exported(interpreted, inputs, attempt))
             _check(program, interpreted, attempt)
-        except Undecidable:
+        except UndecidableError:
             raise
         except ModelImportError as error:
             if attempt.last:

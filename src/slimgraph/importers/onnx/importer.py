@@ -10,7 +10,7 @@ from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import OLDEST, steps_of
 from slimgraph.importers.onnx.tail import NotPostProcessingError, Split, decided_by_data, owner_of, split_at, tail_of
-from slimgraph.importers.steps import Interpreted, Undecidable
+from slimgraph.importers.steps import Interpreted, UndecidableError
 from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Json, Program
 
@@ -50,7 +50,7 @@ def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
     while True:
         try:
             return _traced(model, split, input_shapes)
-        except Undecidable as error:
+        except UndecidableError as error:
             owner = owner_of(model, error.step.name)
             if owner is None or owner in cut:
                 raise
