@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from slimgraph.importers.paddle.graph import PaddleModel
+from slimgraph.importers.paddle.join_bias import join_biases
 from slimgraph.importers.paddle.operators import steps_of
 from slimgraph.importers.paddle.operators_quantized import with_stored_codes
 from slimgraph.importers.paddle.read import read_model
@@ -41,9 +42,10 @@ def import_paddle(
 
 def program_of(model: PaddleModel, *, input_shapes: Mapping[str, Sequence[int]]) -> Program:
     """The program of a model that was read."""
-    steps, tensors = with_stored_codes(steps_of(model), model.tensors)
     names = [value.name for value in model.inputs]
     outputs = [value.name for value in model.outputs]
+    steps, tensors = with_stored_codes(steps_of(model), model.tensors)
+    steps = join_biases(steps, tensors, outputs)
 
     def make(baked: bool) -> Interpreted:
         return Interpreted(steps, names, outputs, tensors, baked=baked)

@@ -1,7 +1,8 @@
 """Every operator of Paddle that can be imported, in both generations of files: the families together."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import count
 from typing import Any
 
@@ -73,8 +74,6 @@ def _by_kind(generation: Generation) -> dict[str, Row]:
 TABLE: Mapping[Generation, Mapping[str, Row]] = {"program": _by_kind("program"), "pir": _by_kind("pir")}
 """The rows by the kind that a file writes."""
 
-_OPERATORS = {id(row): row.operator for row in ROWS}
-
 
 def coverage(model: PaddleModel) -> list[tuple[str, int, bool]]:
     """The kinds of operators in a model, the most frequent ones first: how often each stands there, and is it known.
@@ -95,10 +94,17 @@ def steps_of(model: PaddleModel) -> list[Step]:
     """
     taken = {name for operator in model.operators for name in operator.writes}
     taken |= {value.name for value in model.inputs} | set(model.tensors)
-    return [step for operator in model.operators for step in _steps(operator, taken)]
+    layers = {operator.name for operator in model.operators}
+    return [step for operator in model.operators for step in _steps(operator, _layer(operator, layers), taken)]
 
 
-def _steps(operator: Operator, taken: set[str]) -> Iterator[Step]:
+def _layer(operator: Operator, layers: Set[str]) -> str:
+    """The layer that an operator belongs to: a bias is added in the layer that owns it."""
+    match = re.fullmatch(rf"(.+)\.{re.escape(operator.kind)}(~\d+)?", operator.name)
+    return match[1] if match and match[1] in layers else operator.name
+
+
+def _steps(operator: Operator, layer: str, taken: set[str]) -> Iterator[Step]:
     """The step of an operator, and before it those that put numbers together that several tensors give."""
     row = _row(operator)
     attributes = _attributes(operator, row)
@@ -110,7 +116,7 @@ def _steps(operator: Operator, taken: set[str]) -> Iterator[Step]:
         elif len(names) > 1:
             joined = _unused(f"{operator.name}.{argument.attribute or argument.names[0]}", taken)
             yield Step(
-                name=operator.name,
+                name=layer,
                 kind=operator.kind,
                 operator=operators_shape.JOIN,
                 inputs=names,
@@ -120,9 +126,9 @@ def _steps(operator: Operator, taken: set[str]) -> Iterator[Step]:
         else:
             singles.append(names[0] if names else "")
     yield Step(
-        name=operator.name,
+        name=layer,
         kind=operator.kind,
-        operator=_OPERATORS[id(row)],
+        operator=row.operator,
         inputs=(*singles, *lists),
         outputs=_outputs(operator, row),
         attributes=attributes,

@@ -304,6 +304,15 @@ _FILTERED = (one("Input"), weight("Filter"))
 _LAYOUT = {"data_format": "data_layout"}
 _SCALED = (one("X"), weight("Scale"), weight("Bias"))
 
+_TRANSPOSED_ROW = Row(
+    pir="conv2d_transpose_bias",
+    program="conv2d_transpose depthwise_conv2d_transpose conv3d_transpose",
+    inputs=(*_FILTERED, weight("Bias"), known("output_size")),
+    outputs=("Output",),
+    run=in_layout(_conv_transpose_bias),
+)
+TRANSPOSED_WITH_BIAS = _TRANSPOSED_ROW.operator
+
 ROWS: tuple[Row, ...] = (
     Row(
         pir="conv2d depthwise_conv2d conv3d",
@@ -319,13 +328,7 @@ ROWS: tuple[Row, ...] = (
         outputs=("Output",),
         run=in_layout(_conv_transpose),
     ),
-    Row(
-        pir="conv2d_transpose_bias",
-        program="conv2d_transpose depthwise_conv2d_transpose conv3d_transpose",
-        inputs=(*_FILTERED, weight("Bias"), known("output_size")),
-        outputs=("Output",),
-        run=in_layout(_conv_transpose_bias),
-    ),
+    _TRANSPOSED_ROW,
     Row(
         pir="pool2d",
         program="pool2d",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def known(attribute: str, *names: str) -> Argument:
     return Argument(names=names, attribute=attribute, known=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """An operator in both generations of files, and how it is computed."""
 
@@ -77,7 +78,7 @@ class Row:
         """The inputs that are no lists, in which order handlers get them."""
         return tuple(argument for argument in self.inputs if not argument.many)
 
-    @property
+    @cached_property
     def operator(self) -> Operator:
         """The row without its spelling."""
         singles = self.singles
