@@ -1,6 +1,5 @@
 """The report: its first line, its numbers, its JSON and its pictures."""
 
-import doctest
 import json
 import math
 import re
@@ -107,8 +106,8 @@ def test_a_good_result_is_one_sentence_without_alarms():
             closeness(0.9912),
             latency(),
             "caution",
-            "ACCURACY NOT MEASURED, ONLY CLOSENESS TO THE ORIGINAL — int8 model: output 99.12 % close to the original's "
-            "on 744 samples, 3.9× smaller, 1.7× faster on one thread",
+            "ACCURACY NOT MEASURED, ONLY CLOSENESS TO THE ORIGINAL — int8 model: output 99.12 % close to the "
+            "original's on 744 samples, 3.9× smaller, 1.7× faster on one thread",
         ),
         (
             accuracy(after=math.nan),
@@ -168,12 +167,6 @@ def test_a_file_that_grew_is_bad_news():
 )
 def test_a_drop_of_exactly_the_limit_is_allowed(before, after, exceeds):
     assert accuracy(before, after).exceeds_max_drop is exceeds
-
-
-def test_words_keep_their_examples():
-    result = doctest.testmod(words)
-    assert result.failed == 0
-    assert result.attempted >= 8
 
 
 @given(st.one_of(st.none(), st.floats()))
