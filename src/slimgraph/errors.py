@@ -53,11 +53,15 @@ def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
 
     >>> closest("con1", ["conv1", "fc"])
     'Closest: conv1.'
+    >>> closest("kl", ["KL", "hist"])
+    'Closest: KL.'
     >>> closest("zzz", ["conv1", "fc"])
     'Existing: conv1, fc.'
     """
     existing = sorted(set(names))
-    matches = get_close_matches(name, existing, n=limit, cutoff=0.5)
+    # A name in other letters (kl for KL) is the closest of all, and difflib would not find it.
+    matches = [other for other in existing if other.casefold() == name.casefold() and other != name]
+    matches = matches or get_close_matches(name, existing, n=limit, cutoff=0.5)
     if matches:
         return f"Closest: {', '.join(matches)}."
     if not existing:

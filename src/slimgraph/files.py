@@ -1,6 +1,7 @@
 """Write files whole or not at all."""
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,21 +21,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the folder does not exist or cannot be written, or the disk is full.
     """
     target = Path(path)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        # Not mkstemp, whose files only their owner reads: a result is readable like any file that its user writes. The
+        # system applies the umask itself; to ask for it is to change it, for all threads.
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
         raise OutputError(
             f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
         ) from error
-    os.close(handle)
-    aside = Path(name)
     try:
         yield aside
         with open(aside, "rb") as written:
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # mkstemp gives 0600; a result is readable like any file its user writes
         aside.replace(target)
     except OSError as error:
         raise OutputError(
