@@ -274,6 +274,29 @@ def test_a_program_with_inputs_and_outputs_by_name_is_evaluated():
     assert evaluate(program, [Batch(inputs, labels)]).value == 1.0
 
 
+def test_a_program_is_evaluated_on_whatever_can_be_checked_against_it():
+    program = capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.zeros(1, 1, 8, 8))
+    source = open_data("digits:test", program.signature)
+    expected = evaluate(program, source)
+    pairs = [(next(iter(batch.inputs.values())), batch.labels) for batch in source]
+    name = program.signature.inputs[0].name
+    for data in ("digits:test", pairs, iter(pairs), [{name: x.numpy(), "label": labels} for x, labels in pairs]):
+        found = evaluate(program, data)
+        assert (found.value, found.samples) == (expected.value, expected.samples)
+
+
+def test_data_that_do_not_fit_a_program_are_refused_with_what_to_do():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    program, x = capture(module, torch.zeros(1, 1, 8, 8)), torch.zeros(2, 1, 8, 8)
+    with pytest.raises(DataError, match=r"Batch 1 of the data: input 'input' is float32\[2, 1, 4, 4\]"):
+        evaluate(program, [(x, torch.tensor([0, 1])), (x[..., :4, :4], torch.tensor([0, 1]))])
+    with pytest.raises(DataError, match="needs labels"):
+        evaluate(program, [x])
+    for data in ("digits:test", [(x, torch.tensor([0, 1]))]):
+        with pytest.raises(DataError, match=r"Sequential, which does not tell.*Capture it first"):
+            evaluate(module, data)
+
+
 def test_an_onnx_model_is_evaluated():
     value = partial(helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=["batch", 3])
     node = helper.make_node("Identity", ["x"], ["scores"])

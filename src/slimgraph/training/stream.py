@@ -44,7 +44,7 @@ def stream_batches(
         labelled: bool | None = None
         for number, item in enumerate(begin()):
             where = f"{name}, batch {number}"
-            batch = _to_batch(item, signature, where)
+            batch = as_batch(item, signature, where)
             if labelled is not None and labelled != (batch.labels is not None):
                 raise DataError(f"{where} has {'no labels' if labelled else 'labels'}, unlike the batches before it.")
             labelled = batch.labels is not None
@@ -60,7 +60,12 @@ def stream_batches(
     return read
 
 
-def _to_batch(item: Any, signature: Signature, where: str) -> Batch:
+def as_batch(item: Any, signature: Signature, where: str) -> Batch:
+    """A batch in any of the forms that `stream_batches` takes, checked.
+
+    Raises:
+        DataError: it does not fit the program, or is empty; the message begins with `where`.
+    """
     if isinstance(item, Batch):
         item = (item.inputs, item.labels)
     given, labels = _without_labels(item, [spec.name for spec in signature.inputs])
