@@ -380,6 +380,12 @@ def test_a_quantized_program_is_not_quantized_again(chain, images):
         quantize(quantize(chain, calibration=images), calibration=unread())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_program_in_another_type_is_refused_with_the_reason(dtype, chain):
+    with pytest.raises(ProgramError, match=r"nothing to quantize .*conv1: it does not compute in float32"):
+        quantize(chain.copy().to(dtype), calibration=unread())
+
+
 def test_products_of_activations_alone_are_worth_quantizing():
     class Product(nn.Module):
         def forward(self, x, y):

@@ -153,12 +153,22 @@ class Program(nn.Module):
             _replace(self.graph_module, lambda constant: isinstance(constant, torch.device), self.device)
         if (now := self._floating_type()) != dtype:
             _replace(self.graph_module, lambda constant: constant == dtype, now)
+            for node in self.graph.nodes:
+                if "val" in node.meta:
+                    node.meta["val"] = _retyped(node.meta["val"], dtype, now)
             self.signature = self.signature.with_type(dtype, now)
         return self
 
     def _floating_type(self) -> torch.dtype:
         tensors = (*self.graph_module.parameters(), *self.graph_module.buffers())
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def _retyped(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """A value's example in the new type: passes read types there, and would take a half for a float32."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_retyped(item, old, new) for item in value)
+    return value.to(new) if isinstance(value, Tensor) and value.dtype == old else value
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
