@@ -24,6 +24,7 @@ from slimgraph.deploy.targets import TARGETS
 from slimgraph.errors import ConfigError
 from slimgraph.formats import load
 from slimgraph.program.capture import capture
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -84,6 +85,12 @@ def test_every_command_has_help_for_every_option_and_can_answer_as_json(name):
 def test_the_help_of_target_names_every_target():
     (target,) = (parameter for parameter in COMMANDS["compress"].params if "--target" in parameter.opts)
     assert set(TARGETS) <= set(re.findall(r"[\w-]+", target.help))
+
+
+def test_compress_names_every_algorithm_and_takes_the_same_one_as_the_function():
+    (algorithm,) = (parameter for parameter in COMMANDS["compress"].params if "--algorithm" in parameter.opts)
+    assert set(RANGE_ALGORITHMS) <= set(re.findall(r"\w+", algorithm.help))
+    assert algorithm.default == DEFAULT_ALGORITHM
 
 
 def test_version():

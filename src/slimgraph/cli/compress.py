@@ -53,7 +53,8 @@ def compress(
         typer.Option("--max-drop", help="How much of the metric may be lost, absolute. Beyond it the exit code is 3."),
     ] = 0.01,
     algorithm: Annotated[
-        str, typer.Option("--algorithm", help="How ranges are chosen: min_max, hist, mse, avg, abs_max, …")
+        str,
+        typer.Option("--algorithm", help="How ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf."),
     ] = "min_max",
     skip: Annotated[
         list[str] | None,
