@@ -386,6 +386,15 @@ def test_a_program_in_another_type_is_refused_with_the_reason(dtype, chain):
         quantize(chain.copy().to(dtype), calibration=unread())
 
 
+def test_what_comes_out_of_training_is_quantized_for_evaluation():
+    module = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))  # a norm that cannot be folded
+    data = torch.rand(8, 3, 8, 8)
+    trained = capture(module, data).train()
+    quantized = quantize(trained, calibration=[data])
+    assert trained.training
+    assert torch.equal(quantized(data)[:2], quantized(data[:2]))
+
+
 def test_products_of_activations_alone_are_worth_quantizing():
     class Product(nn.Module):
         def forward(self, x, y):

@@ -43,7 +43,8 @@ def weight_scale(weight: Tensor, scheme: IntScheme) -> Tensor:
 def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     """The program in deployment form: integer weights, and a quantize–dequantize pair at every planned value.
 
-    It evaluates what the target's integer kernels compute, and is not trained further.
+    It evaluates what the target's integer kernels compute, and is not trained further: it is in evaluation mode, also
+    where `program` is not.
 
     Raises:
         ConfigError: the plan has no ranges yet, or speaks of another program.
@@ -57,7 +58,7 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
                 f"The plan speaks of the value {name!r}, which this program does not have. {closest(name, existing)} "
                 "Apply it to the program that it was made for: one that `prepare` gave, if that was."
             )
-    quantized = program.copy()
+    quantized = program.copy().eval()
     grids = _grids(plan)
     values = quantized.values
     readers = edit.count_readers(quantized.graph_module)
