@@ -9,7 +9,7 @@ import torch
 
 from paddle_steps import Known, Stored, array, program_model, run_pir, run_program
 from slimgraph.errors import ModelImportError
-from slimgraph.importers.paddle.operators import LEFT_OUT, TABLE, coverage, steps_of
+from slimgraph.importers.paddle.operators import LEFT_OUT, ROWS, TABLE, coverage, steps_of
 
 
 def close(found, wanted, rtol=1e-5):
@@ -958,6 +958,39 @@ def test_inputs_that_nobody_knows_are_refused():
         run_program("conv2d", {"Input": array(1), "Filter": array(1), "ResidualData": array(1)}, {"Output": 1})
     with pytest.raises(ModelImportError, match="3 operands; known are 2"):
         run_pir("add", array(1), array(1), array(1))
+
+
+ATTRIBUTES = sorted({name for row in ROWS for name in (*row.attributes, *(a.attribute for a in row.inputs)) if name})
+ATTRIBUTES += [
+    "axes",
+    "strides",
+    "paddings",
+    "dilations",
+    "groups",
+    "mode",
+    "num_layers",
+    "anchors",
+    "min_sizes",
+    "bit_length",
+]
+
+
+def attempted(kind, *operands, **attributes):
+    """What an operator computes; an error of any other kind than those of files fails the test."""
+    try:
+        return run_pir(kind, *operands, **attributes)
+    except ModelImportError as error:
+        assert kind in str(error) or "is read, but nothing defines it" in str(error) or "is empty" in str(error)  # noqa: PT017
+        return None
+
+
+@pytest.mark.parametrize("kind", sorted(TABLE["pir"]))
+def test_inputs_and_attributes_that_are_missing_or_nonsense_are_refused(kind):
+    x = array(2, 3, 4, 4)
+    for operands in ((), (x,), (x, x, x), ([x, x], x)):
+        for value in (None, "?", (1, 2, 3), -7):
+            attributes = {} if value is None else dict.fromkeys(ATTRIBUTES, value)
+            attempted(kind, *operands, **attributes)
 
 
 def test_coverage_tells_what_is_known():

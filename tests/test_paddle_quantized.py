@@ -109,7 +109,7 @@ def test_an_observer_leaves_its_input_as_it_is():
 # Whole models: a convolution as PaddleSlim writes it for deployment, and as it writes it while training goes on.
 
 
-def model(generation, form):
+def model(generation, form, bias=None):
     """A convolution of a quantized picture by quantized weights, and the real values of both."""
     weight, reach = array(4, 3, 3, 3, seed=1), np.float32([0.5, 0.9, 1.0, 2.0])
     codes = np.clip(np.rint(weight / reach.reshape(-1, 1, 1, 1) * 127), -127, 127)
@@ -144,8 +144,11 @@ def model(generation, form):
         add("dequantize_linear", {"X": source, **w_scale}, "w_real", {**linear, "quant_axis": 0})
         real = (codes * reach.reshape(-1, 1, 1, 1) / 127).astype(np.float32)
     add("conv2d", {"Input": "x_real", "Filter": "w_real"}, "y", {"strides": (1, 1), "paddings": (1, 1)})
+    if bias is not None:
+        stored["conv2d_0.b_0"], made = bias, {"Out": ("z",)}
+        builder.add("elementwise_add", {"X": ("y",), "Y": ("conv2d_0.b_0",)}, (), made, (), {"axis": 1})
     builder.tensors.update({name: torch.from_numpy(value) for name, value in stored.items()})
-    return program_of(builder.model(["y"]), input_shapes={}), real
+    return program_of(builder.model(["y" if bias is None else "z"]), input_shapes={}), real
 
 
 FORMS = [("int8", "program"), ("float codes", "pir"), ("floats", "program"), ("rounded", "pir")]
@@ -163,6 +166,17 @@ def test_a_quantized_convolution_keeps_its_integers(form, generation):
         x = array(samples, 3, 8, 10, seed=samples)
         wanted = torch.conv2d(torch.from_numpy(on_grid(x, 0.8)), torch.from_numpy(weight), padding=1)
         torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantized_convolution_has_its_bias_in_itself():
+    bias = array(4, seed=5)
+    program, weight = model("program", "int8", bias)
+    x = array(2, 3, 8, 10)
+    wanted = torch.conv2d(
+        torch.from_numpy(on_grid(x, 0.8)), torch.from_numpy(weight), torch.from_numpy(bias), padding=1
+    )
+    torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.ops.aten.add.Tensor not in {node.target for node in program.graph.nodes}
 
 
 def test_a_quantized_convolution_is_exported_with_its_integers(tmp_path):

@@ -30,7 +30,12 @@ def join_biases(steps: Sequence[Step], tensors: Mapping[str, Tensor], outputs: S
         if convolution is None or readers[source] > 1 or not _lacks_bias(convolution):
             continue
         bias, shape = (added, None) if reshape is None else (reshape.inputs[0], _sizes(reshape, makers))
-        if bias in tensors and _meets_channels(tensors[bias], shape, addition, convolution, tensors):
+        weight = _weight(convolution, tensors, makers)
+        if (
+            bias in tensors
+            and weight is not None
+            and _meets_channels(tensors[bias], shape, addition, convolution, weight)
+        ):
             joined[source] = _with_bias(convolution, bias, addition.outputs)
             dropped.update([addition.outputs[0], added] if readers[added] == 1 else addition.outputs[:1])
     return [joined.get(step.outputs[0], step) for step in steps if step.outputs[0] not in dropped]
@@ -51,12 +56,22 @@ def _sizes(reshape: Step, makers: Mapping[str, Step]) -> tuple[int, ...]:
     return found if isinstance(found, tuple) else ()
 
 
+def _weight(convolution: Step, tensors: Mapping[str, Tensor], makers: Mapping[str, Step]) -> Tensor | None:
+    """The stored weight of a convolution, also where it is rounded to codes and back."""
+    name = convolution.inputs[1]
+    while name not in tensors:
+        maker = makers.get(name)
+        if maker is None or "quantize" not in maker.kind:
+            return None
+        name = maker.inputs[0]
+    return tensors[name]
+
+
 def _meets_channels(
-    bias: Tensor, shape: tuple[int, ...] | None, addition: Step, convolution: Step, tensors: Mapping[str, Tensor]
+    bias: Tensor, shape: tuple[int, ...] | None, addition: Step, convolution: Step, weight: Tensor
 ) -> bool:
     """Whether a bias has a number for each channel, and stands where the channels are."""
-    weight = tensors.get(convolution.inputs[1])
-    if weight is None or bias.dim() != 1:
+    if bias.dim() != 1:
         return False
     rank, attributes = weight.dim(), convolution.attributes
     by_group = weight.shape[1] * attributes.get("groups", 1)

@@ -114,7 +114,7 @@ def _steps(operator: Operator, layer: str, taken: set[str]) -> Iterator[Step]:
         if argument.many:
             lists.extend(names)
         elif len(names) > 1:
-            joined = _unused(f"{operator.name}.{argument.attribute or argument.names[0]}", taken)
+            joined = _unused(f"{operator.name}.{argument.label}", taken)
             yield Step(
                 name=layer,
                 kind=operator.kind,

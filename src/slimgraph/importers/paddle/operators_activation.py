@@ -78,7 +78,7 @@ def _hard_shrink(call: Call, x: Tensor) -> Tensor:
 
 
 def _soft_shrink(call: Call, x: Tensor) -> Tensor:
-    return F.softshrink(x, call.float("lambda", 0.5))
+    return F.softshrink(x, call.float("threshold", 0.5))
 
 
 def _thresholded_relu(call: Call, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ ROWS: tuple[Row, ...] = (
     Row(pir="softplus", program="softplus", run=_softplus),
     Row(pir="hardtanh", program="brelu", run=_hard_tanh),
     Row(pir="hardshrink", program="hard_shrink", run=_hard_shrink),
-    Row(pir="softshrink", program="softshrink", run=_soft_shrink),
+    Row(pir="softshrink", program="softshrink", attributes={"threshold": "lambda"}, run=_soft_shrink),
     Row(pir="thresholded_relu", program="thresholded_relu", run=_thresholded_relu),
     Row(pir="stanh", program="stanh", run=_stanh),
     Row(pir="prelu", program="prelu", inputs=(one("X"), weight("Alpha")), run=_prelu),

@@ -172,6 +172,10 @@ def _identity(call: Call, x: Any) -> Any:
     return x
 
 
+def _first(call: Call, x: Any, overwritten: Any = None) -> Any:
+    return x
+
+
 def _increment(call: Call, x: Tensor) -> Tensor:
     step = call.float("value", 1.0)
     return x + (step if x.is_floating_point() else int(step))
@@ -203,7 +207,6 @@ ROWS: tuple[Row, ...] = (
     _binary("minimum", "elementwise_min", torch.minimum, torch.sym_min, kind="tensors"),
     _binary("fmax", "elementwise_fmax", torch.fmax, torch.sym_max, kind="tensors"),
     _binary("fmin", "elementwise_fmin", torch.fmin, torch.sym_min, kind="tensors"),
-    _binary("atan2", "atan2", torch.atan2, math.atan2, kind="tensors"),
     _binary("equal", "equal", operator.eq, operator.eq, kind="truth"),
     _binary("not_equal", "not_equal", operator.ne, operator.ne, kind="truth"),
     _binary("less_than", "less_than", operator.lt, operator.lt, kind="truth"),
@@ -248,9 +251,16 @@ ROWS: tuple[Row, ...] = (
     _unary("ceil", torch.ceil, lambda x: torch.sym_float(math.ceil(x))),
     # Paddle rounds halves away from zero.
     _unary("round", lambda x: torch.sign(x) * torch.floor(torch.abs(x) + 0.5)),
+    _unary("trunc", torch.trunc),
     _unary("isnan", torch.isnan, program="isnan_v2"),
     _unary("isinf", torch.isinf, program="isinf_v2"),
     _unary("isfinite", torch.isfinite, program="isfinite_v2"),
+    Row(
+        pir="atan2",
+        program="atan2",
+        inputs=(weight("X1"), weight("X2")),
+        run=lambda call, a, b: torch.atan2(a, b),
+    ),
     Row(pir="add_n", program="sum", inputs=(many("X"),), run=_sum),
     Row(pir="scale", program="scale", inputs=(one("X"), number("scale", "ScaleTensor")), run=_scale, host=_scale_known),
     Row(pir="clip", program="clip", inputs=(one("X"), number("min", "Min"), number("max", "Max")), run=_clip),
@@ -270,8 +280,9 @@ ROWS: tuple[Row, ...] = (
         run=_where,
         host=_where_known,
     ),
+    Row(pir="assign_out", program="", inputs=(one("X"), one()), run=_first, host=_first),
     Row(
-        pir="assign assign_out share_data memcpy memcpy_h2d memcpy_d2h print",
+        pir="assign share_data memcpy memcpy_h2d memcpy_d2h",
         program="assign share_data memcpy memcpy_h2d memcpy_d2h",
         run=_identity,
         host=_identity,

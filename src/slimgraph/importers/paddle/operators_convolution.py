@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.host import Host, product
-from slimgraph.importers.paddle.row import Row, in_layout, known, one, weight
+from slimgraph.importers.paddle.row import Row, in_layout, known, many, one, weight
 from slimgraph.importers.steps import Call
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
@@ -231,6 +231,10 @@ def _fc(call: Call, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.relu(y) if activation else y
 
 
+def _einsum(call: Call, *tensors: Tensor) -> Tensor:
+    return torch.einsum(call.text("equation", ""), *tensors)
+
+
 def _bmm(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(x, y)
 
@@ -358,7 +362,7 @@ ROWS: tuple[Row, ...] = (
         run=_matmul,
     ),
     Row(
-        pir="",
+        pir="legacy_matmul",
         program="matmul",
         inputs=(weight("X"), weight("Y")),
         attributes={"transpose_x": "transpose_X", "transpose_y": "transpose_Y"},
@@ -366,6 +370,13 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(pir="matmul_with_flatten", program="mul", inputs=(weight("X"), weight("Y")), run=_mul),
     Row(pir="fc", program="fc", inputs=(one("Input"), weight("W"), weight("Bias")), run=_fc),
+    Row(
+        pir="einsum",
+        program="einsum",
+        inputs=(many("Operands"),),
+        outputs=("Out", "InnerCache*", "XShape*"),
+        run=_einsum,
+    ),
     Row(pir="bmm", program="bmm", inputs=(weight("X"), weight("Y")), run=_bmm),
     Row(
         pir="batch_norm sync_batch_norm",

@@ -33,7 +33,7 @@ def _reduction(
     def run(call: Call, x: Tensor, axis: Host | None = None) -> Tensor:
         wanted = call.attribute("dtype")
         x = x if wanted is None or wanted == x.dtype else x.to(wanted)
-        return reduce(x, _axes(call, x.dim(), axis), bool(call.attribute("keepdim", False)))
+        return reduce(x, _axes(call, x.dim(), axis), bool(call.attribute("keepdim", call.attribute("keep_dim", False))))
 
     fold: Any = None if pairwise is None else np.frompyfunc(pairwise, 2, 1)
 
@@ -232,7 +232,7 @@ ROWS: tuple[Row, ...] = (
     _place("argmax", "arg_max", torch.argmax),
     _place("argmin", "arg_min", torch.argmin),
     Row(
-        pir="topk",
+        pir="topk topk_v1",
         program="top_k_v2 top_k",
         inputs=(one("X"), known("k", "K")),
         outputs=("Out", "Indices"),

@@ -44,6 +44,8 @@ def _codes(attributes: Mapping[str, Any]) -> _Codes:
     if not 2 <= bits <= 16:
         raise ValueError(f"it has codes of {bits} bits; known are 2 to 16")
     top = 2 ** (bits - 1) - 1
+    if attributes.get("qmax", top) != top:  # float8 has other ones
+        raise ValueError(f"its codes of {bits} bits end at {attributes['qmax']}; known is {top}")
     # Ties go to even, and the lowest code is used; or they go away from zero, and it is not. Ours go to even.
     lowest = -top - 1 if attributes.get("round_type", 1) == 0 else -top
     return _Codes(top=top, lowest=lowest, dtype=torch.int8 if bits <= 8 else torch.int16)
@@ -226,7 +228,7 @@ def _dequantize_known(call: Call, x: Tensor, scale: Tensor) -> Tensor:
     return (x if x.is_floating_point() else x.float()) * factor
 
 
-def _dequantize_channels(call: Call, x: Tensor, iteration: object, *scales: Tensor) -> Tensor:
+def _dequantize_channels(call: Call, x: Tensor, iteration: object = None, *scales: Tensor) -> Tensor:
     bits = call.ints("quant_bits", (8,)) or [8]
     axis = call.int("quant_axis", 0)
     if len(scales) == 2:  # of a product: of the channels of its weight, and of the other factor

@@ -17,7 +17,7 @@ _UNITS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def _rnn(call: Call, x_TBI: Tensor, lengths: Tensor | None, dropout_state: object, *rest: Tensor) -> Any:
+def _rnn(call: Call, x_TBI: Tensor, lengths: Tensor | None = None, dropout_state: object = None, *rest: Tensor) -> Any:
     mode, layers, two_ways = call.text("mode", ""), call.int("num_layers", 1), bool(call.attribute("is_bidirec", False))
     if mode not in _UNITS:
         raise call.error(f"its mode is {mode!r}; known are {', '.join(_UNITS)}")

@@ -62,7 +62,13 @@ def _counted(call: Call, numbers: list[Any], axes: int) -> list[Any]:
 
 
 def _interpolation(mode: str) -> Handler:
-    def run(call: Call, x: Tensor, out_size: Host | None, size_tensor: Host | None, scale: Host | None) -> Tensor:
+    def run(
+        call: Call,
+        x: Tensor,
+        out_size: Host | None = None,
+        size_tensor: Host | None = None,
+        scale: Host | None = None,
+    ) -> Tensor:
         wanted = _wanted(call, x, out_size, size_tensor, scale)
         aligned, whole_steps = bool(call.attribute("align_corners", True)), call.int("align_mode", 1) == 1
         if mode == "nearest" and aligned:
@@ -116,7 +122,7 @@ _INPUTS = (
 
 def _row(kind: str, mode: str) -> Row:
     return Row(
-        pir=kind,
+        pir=f"{kind} legacy_{kind}",
         program=f"{kind}_v2 {kind}",
         inputs=_INPUTS,
         attributes={"data_format": "data_layout"},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.host import LARGEST, Host, product
-from slimgraph.importers.paddle.row import Row, known, many, number, one
+from slimgraph.importers.paddle.row import Row, known, many, one
 from slimgraph.importers.steps import Call, Operator, Step
 
 _MOST_NUMBERS = 64
@@ -51,7 +51,7 @@ def _full_with_tensor(call: Call, value: Host, shape: Host | None = None) -> Any
 
 
 def _full_int_array(call: Call) -> Host:
-    return Host.of(list(call.attribute("value", ())), element(call, torch.int64))
+    return Host.of(call.ints("value", ()), element(call, torch.int64))
 
 
 def _full_like(call: Call, x: Tensor, value: Host | None = None) -> Tensor:
@@ -246,13 +246,13 @@ def _is_open(section: Any) -> bool:
     return isinstance(section, int) and section == -1
 
 
-def _split(call: Call, x: Tensor, sections: Host | None, axis: Host) -> tuple[Tensor, ...]:
-    along = int(axis.number)
+def _split(call: Call, x: Tensor, sections: Host | None = None, axis: Host | None = None) -> tuple[Tensor, ...]:
+    along = 0 if axis is None else int(axis.number)
     return tuple(torch.split(x, _section_sizes(call, x.shape[along], sections), along))
 
 
-def _split_known(call: Call, x: Host, sections: Host | None, axis: Host) -> tuple[Host, ...]:
-    along = int(axis.number)
+def _split_known(call: Call, x: Host, sections: Host | None = None, axis: Host | None = None) -> tuple[Host, ...]:
+    along = 0 if axis is None else int(axis.number)
     ends = np.cumsum([int(size) for size in _section_sizes(call, x.array.shape[along], sections)])[:-1]
     return tuple(Host(part, x.dtype) for part in np.split(x.array, ends, axis=along))
 
@@ -451,7 +451,7 @@ ROWS: tuple[Row, ...] = (
     Row(pir="shape shape64", program="shape", inputs=(one("Input"),), run=_shape, host=_shape_known),
     Row(pir="numel", program="size", inputs=(one("Input"),), run=_numel),
     Row(
-        pir="reshape",
+        pir="reshape legacy_reshape",
         program="reshape2 reshape",
         inputs=(one("X"), _SHAPE),
         outputs=_WITH_SHAPE,
@@ -541,9 +541,10 @@ ROWS: tuple[Row, ...] = (
         host=_tile_known,
     ),
     Row(
-        pir="",
+        pir="legacy_expand",
         program="expand",
-        inputs=(one("X"), known("expand_times", "expand_times_tensor", "ExpandTimes")),
+        inputs=(one("X"), known("shape", "expand_times_tensor", "ExpandTimes")),
+        attributes={"shape": "expand_times"},
         run=_tile,
         host=_tile_known,
     ),
@@ -561,5 +562,5 @@ ROWS: tuple[Row, ...] = (
         run=_pad3d,
     ),
     Row(pir="", program="pad2d", inputs=(one("X"), known("paddings", "Paddings")), run=_pad2d),
-    Row(pir="pad", program="pad", inputs=(one("X"), number("pad_value")), run=_pad),
+    Row(pir="pad", program="pad", inputs=(one("X"), known("pad_value")), run=_pad),
 )

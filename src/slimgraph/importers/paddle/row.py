@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ class Argument:
     """A list of tensors. Handlers get these last, one after the other."""
     weight: bool = False
     """Its floating-point constants are parameters."""
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return self.attribute or (self.names[0] if self.names else "others")
 
 
 def one(*names: str) -> Argument:
@@ -96,8 +102,12 @@ class Row:
 
 
 def _filled(function: Handler, singles: Sequence[Argument]) -> Handler:
-    """A handler that gets what attributes give as if tensors gave it."""
+    """A handler that gets what attributes give as if tensors gave it; what has no default has to be given."""
     count = len(singles)
+    parameters = list(signature(function).parameters.values())[1 : count + 1]
+    required = [
+        parameter.kind != Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty for parameter in parameters
+    ]
 
     def run(call: Call, *inputs: Any) -> Any:
         first = [*inputs[:count], *[None] * (count - len(inputs))]
@@ -109,6 +119,9 @@ def _filled(function: Handler, singles: Sequence[Argument]) -> Handler:
                 first[index] = given
             elif given is None and call.attribute(argument.attribute) is not None:
                 first[index] = constant(call.attribute(argument.attribute))
+        for argument, value, is_required in zip(singles, first, required, strict=False):
+            if is_required and value is None:
+                raise call.error(f"its input {argument.label!r} is left out")
         return function(call, *first, *inputs[count:])
 
     return run
@@ -146,6 +159,7 @@ def channels_first(call: Call, x: Tensor) -> tuple[Tensor, bool]:
 def in_layout(function: Handler) -> Handler:
     """A handler for channels as the second axis, made to work in the layout that the file says."""
 
+    @wraps(function)
     def run(call: Call, x: Tensor, *rest: Any) -> Any:
         x, last = channels_first(call, x)
         result = function(call, x, *rest)
