@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 import slimgraph
 
@@ -43,6 +45,24 @@ def test_every_public_name_exists_and_is_listed(name):
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
 def test_every_public_name_is_documented(name):
     assert (getattr(slimgraph, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda module, x: slimgraph.quantize(module, calibration=[x]),
+        lambda module, x: slimgraph.compress(module, [x], out="nowhere"),
+        lambda module, x: slimgraph.compare(slimgraph.capture(module, x), module, [x]),
+        lambda module, x: slimgraph.save(module, "nowhere.pt2"),
+        lambda module, x: slimgraph.convert(module, "nowhere.onnx"),
+    ],
+    ids=["quantize", "compress", "compare", "save", "convert"],
+)
+def test_a_module_that_was_not_captured_is_answered_with_how_to(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(slimgraph.SlimgraphError, match=r"a Linear was given\. Capture a module first"):
+        call(nn.Linear(4, 2), torch.zeros(1, 4))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():

@@ -10,7 +10,7 @@ from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputErr
 from slimgraph.importers.trace import InputShapes
 from slimgraph.program.archive import load_program, save_program
 from slimgraph.program.cast import cast
-from slimgraph.program.program import Program
+from slimgraph.program.program import Program, require_program
 
 _HALVES = {torch.float16, torch.bfloat16}
 _PADDLE = (".pdmodel", ".json", ".pdiparams")
@@ -76,6 +76,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         ProgramError: the program uses what a `.pt2` cannot hold.
         OutputError: the file cannot be written; an older one at `path` stays whole.
     """
+    require_program(program)
     match Path(path).suffix.lower():
         case ".pt2":
             save_program(program, path)
@@ -107,6 +108,8 @@ def convert(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
     target = Path(out)
+    if not isinstance(source, (str, os.PathLike)):
+        require_program(source)
     if not isinstance(source, Program) and target.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the model that is to be converted. Give another name for the result.")
     program = source if isinstance(source, Program) else load(source)

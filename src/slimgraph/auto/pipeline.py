@@ -29,7 +29,7 @@ from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
-from slimgraph.program.program import Program
+from slimgraph.program.program import Program, require_program
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
 from slimgraph.quantization.quantize import Quantization, prepare, quantize_with_record, require_float, require_work
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
@@ -181,6 +181,7 @@ def compress(
 
 def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
     """Refuse what is wrong before any work is done."""
+    require_program(program)
     require_float(program)
     find_metric(metric)
     range_algorithm(algorithm)

@@ -13,7 +13,7 @@ from slimgraph.errors import DataError, ProgramError, UnknownNameError, closest
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.parts import in_parts
-from slimgraph.program.program import Program
+from slimgraph.program.program import Program, require_program
 from slimgraph.table import text_table
 
 _DEQUANTIZED = "/dequantized"
@@ -85,6 +85,8 @@ def compare(
             shape, or it has no floating-point numbers.
         DataError: there is no batch, or one does not fit.
     """
+    require_program(original)
+    require_program(compressed)
     reference = _as_folded(original, compressed)
     partners = _partners(reference, compressed, values)
     sums = {name: _Sums() for name in partners}

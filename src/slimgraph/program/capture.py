@@ -47,7 +47,8 @@ def capture(
     Args:
         module: what to capture.
         example_inputs: a tensor, a sequence in the order of `forward`, or a mapping by argument name. Arguments that
-            are not tensors become constants.
+            are not tensors become constants. A floating tensor that is the same everywhere, as zeros are, stands for
+            its shape only: the module is followed and compared on random numbers in its place.
         dynamic: further free axes by argument name: `{"x": {2: "height", 3: "width"}}`. Axes of one name have one size.
     Raises:
         CaptureError: `torch.export` cannot follow the module; the message has the line of code and the reason.

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from slimgraph.errors import DataError, UnknownNameError, closest
+from slimgraph.errors import DataError, ProgramError, UnknownNameError, closest
 from slimgraph.program.names import layer_of, values_of
 from slimgraph.program.signature import Signature
 from slimgraph.program.tail import Tail
@@ -162,6 +162,19 @@ class Program(nn.Module):
     def _floating_type(self) -> torch.dtype:
         tensors = (*self.graph_module.parameters(), *self.graph_module.buffers())
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def require_program(given: object) -> None:
+    """Return if what was given is a program: a module that was not captured is what people pass first.
+
+    Raises:
+        ProgramError: it is something else; the message says how to make a program of it.
+    """
+    if not isinstance(given, Program):
+        raise ProgramError(
+            f"A program is wanted, but a {type(given).__name__} was given. "
+            "Capture a module first: slimgraph.capture(module, example_inputs); load a file: slimgraph.load(path)."
+        )
 
 
 def _retyped(value: Any, old: torch.dtype, new: torch.dtype) -> Any:

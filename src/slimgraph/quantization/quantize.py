@@ -9,7 +9,7 @@ from torch import Tensor
 from slimgraph.deploy.targets import Target, resolved_target, target_named
 from slimgraph.errors import ProgramError
 from slimgraph.program.fold import fold_batch_norm
-from slimgraph.program.program import Program
+from slimgraph.program.program import Program, require_program
 from slimgraph.program.qdq import is_quantized
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
@@ -87,7 +87,7 @@ def quantize(
     Raises:
         CalibrationError, DataError: the data cannot be used.
         UnknownNameError, ConfigError: no such target, algorithm or layer, or the target has no kernel of that width.
-        ProgramError: the program is quantized already, or has nothing that the target computes in integers.
+        ProgramError: the program is none, is quantized already, or has nothing that the target computes in integers.
 
     >>> import torch
     >>> from slimgraph.program.capture import capture
@@ -95,6 +95,7 @@ def quantize(
     >>> quantize(program, calibration=[torch.randn(8, 4)]).state_dict()["weight"].dtype
     torch.int8
     """
+    require_program(program)
     require_float(program)
     chosen = resolved_target(target) if isinstance(target, str) else target
     prepared = prepare(program, target=chosen)
