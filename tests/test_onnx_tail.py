@@ -2,9 +2,11 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +17,7 @@ from archives import METADATA, members, write
 from cli_runs import answer, run
 from detectors import DETECTORS, with_gathered_boxes, with_loop, with_plugin
 from slimgraph.auto.pipeline import compress
-from slimgraph.deploy.onnx import add_tail, export_onnx
+from slimgraph.deploy.onnx import add_tail, export_onnx, to_onnx
 from slimgraph.deploy.onnx_tail import check_stitched
 from slimgraph.errors import ExportError, ModelImportError, ModelLoadError, ProgramError
 from slimgraph.formats import convert, load, save
@@ -304,6 +306,49 @@ def test_half_precision_ends_where_the_tail_begins(files, tmp_path):
     assert cast(program, torch.float16).tail == program.tail
 
 
+def test_what_cannot_be_converted_to_the_version_of_the_network_is_said(files):
+    _, program, _ = files("top k")  # Unsqueeze of opset 11, whose axes became an input later
+    model = onnx.load_model_from_string(program.tail.model)
+    node = next(node for node in model.graph.node if node.op_type == "Unsqueeze")
+    node.attribute[0].type = onnx.AttributeProto.FLOATS  # the converter itself would crash the process
+    broken = program.copy()
+    broken.tail = replace(program.tail, model=model.SerializeToString())
+    with pytest.raises(ExportError, match="cannot be converted to version 21"):
+        to_onnx(broken)
+
+
+def test_a_plugin_in_a_branch_of_an_older_version_is_converted_around(tmp_path):
+    """ONNX's converter knows no plugin, and Squeeze in the other branch has to be converted."""
+    detector = with_plugin(opset=11)
+    plugin = detector.nodes.pop()
+    detector.outputs.clear()
+    detector.constant("zero", np.array(0, np.float32))
+    detector.op("ReduceMax", "scores", "peak", keepdims=0)
+    detector.op("Greater", "peak zero", "any")
+    branches = {
+        "then_branch": [plugin],
+        "else_branch": [helper.make_node("ReduceSum", ["boxes"], ["sums"], axes=[2], keepdims=0)],
+    }
+    graphs = {
+        key: helper.make_graph(
+            nodes,
+            key,
+            [],
+            [helper.make_tensor_value_info(nodes[0].output[-1 if key == "else_branch" else 2], T.FLOAT, None)],
+        )
+        for key, nodes in branches.items()
+    }
+    detector.op("If", "any", "answer", **graphs)
+    detector.output("answer", T.FLOAT, None)
+    model = ir.to_proto(to_onnx(import_onnx(detector.save(tmp_path / "net.onnx"))))
+    (branching,) = (node for node in model.graph.node if node.op_type == "If")
+    found = {attribute.name: attribute.g.node for attribute in branching.attribute}
+    assert [node.op_type for node in found["then_branch"]] == ["EfficientNMS_TRT"]
+    assert found["then_branch"][0].domain == ""
+    assert [list(node.attribute) == [] or node.op_type for node in found["else_branch"]][-1] == "ReduceSum"
+    assert {entry.domain for entry in model.opset_import} == {""}
+
+
 # Compression.
 
 
@@ -408,6 +453,12 @@ HOSTILE = {
     "has a cycle": (_changed(_cycle), "which nothing has made by then"),
     "has graphs without end": (_changed(_nested), "graphs within graphs"),
     "has two values of a name": (_changed(lambda m: m.graph.node.add().CopyFrom(m.graph.node[0])), "two values"),
+    "has a name that is no text": (
+        lambda tail: tail.update(
+            model=base64.b64encode(base64.b64decode(tail["model"]).replace(b"NonMax", b"Non\x81ax")).decode()
+        ),
+        "is no text",
+    ),
     "has functions": (_changed(lambda m: m.functions.add(name="f", domain="d")), "functions"),
     "has operators of no version": (_changed(lambda m: m.ClearField("opset_import")), "version"),
 }

@@ -30,7 +30,10 @@ def stitch(model: ir.Model, tail: Tail) -> None:
     Raises:
         ExportError: the tail's operators have no form in the model's version of ONNX.
     """
-    end = ir.from_proto(_at_version(parsed(tail), model.opset_imports.get("")))
+    try:
+        end = ir.from_proto(_at_version(parsed(tail), model.opset_imports.get("")))
+    except ir.serde.SerdeError as error:
+        raise ExportError(f"The post-processing is no sound ONNX model: {error.__cause__ or error}") from error
     for domain, version in end.opset_imports.items():
         if model.opset_imports.setdefault(domain, version) != version:
             raise ExportError(
@@ -108,25 +111,55 @@ def _at_version(model: onnx.ModelProto, version: int | None) -> onnx.ModelProto:
         return model
     nodes = [node for graph in graphs(model.graph) for node in graph.node if node.domain in _STANDARD]
     unknown = [node for node in nodes if not onnx.defs.has(node.op_type, "")]
-    converted = model
     if any(_since(node, old) != _since(node, version) for node in nodes if node not in unknown):
-        for node in unknown:  # the converter passes over domains that it does not know
-            node.domain = _APART
-        try:
-            converted = onnx.version_converter.convert_version(model, version)
-        except (onnx.version_converter.ConvertError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ExportError(
-                f"The post-processing is written in version {old} of ONNX's operators, and cannot be converted to "
-                f"version {version}, in which the network is written: {reason}"
-            ) from error
-        for graph in graphs(converted.graph):
-            for node in graph.node:
-                node.domain = "" if node.domain == _APART else node.domain
-    for entry in converted.opset_import:
+        model = _converted(model, unknown, version)
+    for entry in model.opset_import:
         if entry.domain in _STANDARD:
             entry.version = version
+    return model
+
+
+def _converted(model: onnx.ModelProto, unknown: list[onnx.NodeProto], version: int) -> onnx.ModelProto:
+    """As ONNX's own converter does it, which passes over domains that it does not know, but not over operators."""
+    for node in unknown:
+        node.domain = _APART
+    if unknown:
+        model.opset_import.add(domain=_APART, version=1)
+    try:
+        # The converter trusts what it gets: a tail out of a file that was tampered with could crash the process.
+        onnx.checker.check_model(_described(model))
+        converted = onnx.version_converter.convert_version(model, version)
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        onnx.version_converter.ConvertError,
+        RuntimeError,
+        ValueError,  # names that are no UTF-8
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"The post-processing cannot be converted to version {version} of ONNX's operators, in which the network "
+            f"is written: {reason}"
+        ) from error
+    for graph in graphs(converted.graph):
+        for node in graph.node:
+            node.domain = "" if node.domain == _APART else node.domain
+    if unknown:
+        converted.opset_import.remove(next(entry for entry in converted.opset_import if entry.domain == _APART))
     return converted
+
+
+def _described(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose outputs all have a type and a shape: ONNX's checker asks for these, and runtimes do not."""
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    for graph in graphs(twin.graph):
+        for value in graph.output:
+            kind = value.type.tensor_type
+            if value.type.WhichOneof("value") in (None, "tensor_type") and not kind.HasField("shape"):
+                kind.elem_type = kind.elem_type or onnx.TensorProto.FLOAT
+                kind.shape.SetInParent()
+    return twin
 
 
 def _since(node: onnx.NodeProto, version: int) -> int:

@@ -141,6 +141,9 @@ def _require_sound(graph: "GraphProto", outer: frozenset[str]) -> None:
     for name in own:
         _define(name, known)
     for node in graph.node:
+        words = (node.op_type, node.domain, node.name, *node.input, *node.output, *(a.name for a in node.attribute))
+        if not all(isinstance(word, str) for word in words):  # protobuf gives bytes where there is no text
+            raise ProgramError(f"The tail has a node of which the name is no text: {words[:3]}.")
         for name in node.input:
             _require_known(name, known)
         for body in _bodies(node):

@@ -14,6 +14,9 @@ from slimgraph.importers.steps import Interpreted, UndecidableError
 from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Json, Program
 
+_MOST_TRACES = 64
+"""Each finds one node that decides by data, where this is not plain before."""
+
 
 def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | None = None) -> Program:
     """The model in an ONNX file as a program that runs, trains, and can be compressed and exported again.
@@ -47,12 +50,13 @@ def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
     split, refusal = _split(model, cut)
     if split is None:  # the trace tells better what cannot be had
         cut = set()
+    most = len(cut) + _MOST_TRACES
     while True:
         try:
             return _traced(model, split, input_shapes)
         except UndecidableError as error:
             owner = owner_of(model, error.step.name)
-            if owner is None or owner in cut:
+            if owner is None or owner in cut or len(cut) >= most:
                 raise
             cut.add(owner)
             split, refusal = _split(model, cut)

@@ -1,6 +1,7 @@
 """Split a detector: the network becomes a program, what decides by the contents of its results stays ONNX behind it."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 
 from slimgraph.errors import ModelImportError, ProgramError
@@ -29,7 +30,8 @@ _CHOOSING = frozenset(
 """What a program can compute, but whose results jump where numbers change a little.
 
 In front of a tail they go with it, so that the outputs of the program can be compared, calibrated and trained: two
-scores that change their places would exchange whole rows otherwise.
+scores that change their places would exchange whole rows otherwise. With TopK in the program, outputs of a quantized
+detector (tests/detectors.py) were 14 quanta off in ONNX Runtime on average, though every operator rounded alike.
 """
 
 _MEASURING = frozenset(["Shape", "Size"])
@@ -190,7 +192,7 @@ def tail_of(split: Split, model: Model, signature: Signature) -> Tail:
 class _Values:
     """Where the values of a graph come from."""
 
-    weights: Mapping[str, int]
+    weights: MutableMapping[str, int]
     """Of what is stored, or computed of this alone: elements of the largest tensor in it."""
     sizes: frozenset[str]
     """Computed of sizes and what is stored."""
@@ -215,17 +217,17 @@ class _Values:
         """Whether the node, or one inside of it, is a layer of a network."""
         return self._learned(node, self.weights)
 
-    def _learned(self, node: Node, weights: Mapping[str, int]) -> bool:
+    def _learned(self, node: Node, weights: MutableMapping[str, int]) -> bool:
         if node.operator in _LEARNED and any(weights.get(name, 0) > _FEW_WEIGHTS for name in node.inputs):
             return True
         for body in node.subgraphs:
-            inside = dict(weights) | {name: tensor.numel() for name, tensor in body.tensors.items()}
+            inside = ChainMap({name: tensor.numel() for name, tensor in body.tensors.items()}, weights)
             for each in body.nodes:
                 if self._learned(each, inside):
                     return True
                 read = set(_reads(each))
-                if read <= inside.keys():
-                    inside |= dict.fromkeys(each.outputs, max((inside[name] for name in read), default=0))
+                if all(name in inside for name in read):
+                    inside.update(dict.fromkeys(each.outputs, max((inside[name] for name in read), default=0)))
         return False
 
 
@@ -260,16 +262,15 @@ def _following(graph: Graph, names: Collection[str]) -> set[str]:
 
 def _choices_before(graph: Graph, behind: Collection[str], values: _Values) -> set[str]:
     """Nodes that choose on the way to the tail, with all that follows from them, where this has no weights."""
-    found = set[str]()
-    for node in graph.nodes:
-        if node.name in behind or node.name in found or node.operator not in _CHOOSING:
-            continue
-        if values.data.isdisjoint(node.inputs):
-            continue
-        after = _following(graph, {node.name})
-        if not after.isdisjoint(behind) and not any(map(values.learned, _nodes(graph, after))):
-            found |= after
-    return found
+    towards, weighted, found = set[str](), set[str](), set[str]()
+    for node in reversed(graph.nodes):
+        leads = node.name in behind or not towards.isdisjoint(node.outputs)
+        has_weights = values.learned(node) or not weighted.isdisjoint(node.outputs)
+        towards |= set(_reads(node)) if leads else set()
+        weighted |= set(_reads(node)) if has_weights else set()
+        if leads and not has_weights and node.operator in _CHOOSING and not values.data.isdisjoint(node.inputs):
+            found.add(node.name)
+    return _following(graph, found)
 
 
 def _companions(graph: Graph, behind: Collection[str], values: _Values) -> set[str]:

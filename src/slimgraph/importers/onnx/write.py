@@ -51,7 +51,7 @@ def _graph(graph: Graph, opsets: Mapping[str, int]) -> GraphProto:
 
 def _value(value: Value) -> ValueInfoProto:
     kind = value.type or (_NAMES.get(value.dtype, "") if value.dtype else "")
-    if not kind:  # a runtime infers it
+    if kind not in ELEMENTS:  # a runtime infers it
         return ValueInfoProto(name=value.name)
     # None, and not "", is an axis of which nothing is said.
     return helper.make_tensor_value_info(value.name, TensorProto.DataType.Value(kind), value.shape)
