@@ -15,6 +15,7 @@ from slimgraph.deploy.onnx import export_onnx
 from slimgraph.errors import ModelImportError
 from slimgraph.importers.paddle.graph import Value
 from slimgraph.importers.paddle.importer import import_paddle, program_of
+from slimgraph.importers.paddle.operators import coverage
 from slimgraph.importers.paddle.read import read_model
 from slimgraph.program.archive import load_program, save_program
 
@@ -288,6 +289,13 @@ def test_an_imported_model_learns_is_saved_and_exported(name, tmp_path):
 
 
 # Models from the wild, with twins in ONNX
+
+
+@pytest.mark.parametrize("name", [CLASSIFIER, DETECTOR, MOBILENET_V3])
+def test_every_operator_of_the_wild_is_covered(name):
+    kinds = coverage(read_model(shared(f"models/paddle/{name}")))
+    assert [kind for kind, _, supported in kinds if not supported] == []
+    assert sum(count for _, count, _ in kinds) > 100
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 48, 192), (3, 3, 64, 64), (7, 3, 96, 160)])

@@ -627,6 +627,7 @@ def test_constants_are_made_from_attributes():
     found = run_program("range", {"Start": Known([1]), "End": Known([7]), "Step": Known([2])})
     equal(found, [1, 3, 5])
     equal(run_pir("arange", Known([3]), Known([0]), Known([-1]), dtype=torch.int64), [3, 2, 1])
+    equal(run_pir("arange", Known([2]), Known([60]), Known([3]), dtype=torch.int64), np.arange(2, 60, 3))
     found = run_program("assign_value", {}, shape=(2, 2), dtype=5, fp32_values=(1.0, 2.0, 3.0, 4.0))
     equal(found, [[1, 2], [3, 4]])
 

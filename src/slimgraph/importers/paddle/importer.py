@@ -1,7 +1,6 @@
 """Read a Paddle inference model as a program."""
 
 import os
-from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,7 +10,7 @@ from slimgraph.importers.paddle.operators import steps_of
 from slimgraph.importers.paddle.operators_quantized import with_stored_codes
 from slimgraph.importers.paddle.read import read_model
 from slimgraph.importers.steps import Interpreted
-from slimgraph.importers.trace import Input, trace
+from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Program
 
 
@@ -20,7 +19,7 @@ def import_paddle(
     *,
     model_filename: str | None = None,
     params_filename: str | None = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: InputShapes | None = None,
 ) -> Program:
     """The Paddle inference model at `path` as a program that runs, trains, and can be compressed and exported again.
 
@@ -32,7 +31,8 @@ def import_paddle(
         path: the folder of a model (`*.pdmodel` of Paddle 2, `*.json` of Paddle 3, `__model__` of Paddle 1), or the
             file of the model, whose parameters lie beside it.
         model_filename, params_filename: names of the two files in the folder, where it has several or others.
-        input_shapes: sizes of axes that the file leaves open, by input: they are fixed to these. 0 leaves one free.
+        input_shapes: sizes of axes that the file leaves open, by input or in order: they are fixed to these. 0 leaves
+            one free.
     Raises:
         ModelImportError: a file is missing, damaged, contradicts itself, or uses what cannot become a program.
     """
@@ -40,7 +40,7 @@ def import_paddle(
     return program_of(model, input_shapes=input_shapes or {})
 
 
-def program_of(model: PaddleModel, *, input_shapes: Mapping[str, Sequence[int]]) -> Program:
+def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
     """The program of a model that was read."""
     names = [value.name for value in model.inputs]
     outputs = [value.name for value in model.outputs]

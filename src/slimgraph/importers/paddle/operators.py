@@ -35,7 +35,8 @@ ROWS: tuple[Row, ...] = (
     *operators_quantized.ROWS,
 )
 
-_BOXES = "how many boxes it leaves depends on what is in the picture, and a program gives tensors of known sizes"
+_COUNT = "how many {} it leaves depends on what the model sees, and a program gives tensors of known sizes"
+_BOXES, _PLACES, _ELEMENTS = (_COUNT.format(what) for what in ("boxes", "indices", "elements"))
 _COURSE = "which operators run depends on values, and a program is one fixed course of operators"
 _RANDOM = "it draws random numbers"
 
@@ -47,9 +48,9 @@ LEFT_OUT: Mapping[str, str] = {
     "nms": _BOXES,
     "generate_proposals": _BOXES,
     "generate_proposals_v2": _BOXES,
-    "nonzero": _BOXES.replace("boxes", "indices").replace("picture", "input"),
-    "where_index": _BOXES.replace("boxes", "indices").replace("picture", "input"),
-    "masked_select": _BOXES.replace("boxes", "elements").replace("picture", "input"),
+    "nonzero": _PLACES,
+    "where_index": _PLACES,
+    "masked_select": _ELEMENTS,
     "while": _COURSE,
     "conditional_block": _COURSE,
     "if": _COURSE,

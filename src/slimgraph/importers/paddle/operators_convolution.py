@@ -70,7 +70,7 @@ def _window(call: Call, x: Tensor, kernel: Sequence[int]) -> Window:
     return Window(kernel=kernel, strides=strides, dilations=dilations, before=before, after=after)
 
 
-def padded(x: Tensor, before: Sequence[Any], after: Sequence[Any], value: float = 0.0) -> Tensor:
+def _padded(x: Tensor, before: Sequence[Any], after: Sequence[Any], value: float = 0.0) -> Tensor:
     """x with its last axes padded by a number; negative paddings crop."""
     pads = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
     return F.pad(x, pads, value=value) if any(not isinstance(size, int) or size for size in pads) else x
@@ -89,7 +89,7 @@ def _conv(call: Call, x: Tensor, filter: Tensor, bias: Tensor | None = None) -> 
     convolve, window = _of_rank(call, _CONVOLUTIONS, x), _window(call, x, filter.shape[2:])
     pads = list(window.before)
     if not window.symmetric:
-        x, pads = padded(x, window.before, window.after), [0] * len(pads)
+        x, pads = _padded(x, window.before, window.after), [0] * len(pads)
     filter = filter if filter.dtype == x.dtype else filter.to(x.dtype)  # old integer models store codes
     return convolve(x, filter, _flat(bias), window.strides, pads, window.dilations, call.int("groups", 1))
 
@@ -129,7 +129,7 @@ def _transposed(call: Call, x: Tensor, filter: Tensor, bias: Tensor | None, outp
     if window.symmetric:
         return convolve(x, filter, bias, window.strides, list(window.before), extra, group, window.dilations)
     whole = convolve(x, filter, bias, window.strides, [0] * axes, extra, group, window.dilations)
-    return padded(whole, [-size for size in window.before], [-size for size in window.after])
+    return _padded(whole, [-size for size in window.before], [-size for size in window.after])
 
 
 # Pools
@@ -172,12 +172,12 @@ def _pool(call: Call, x: Tensor, kernel_size: Host) -> Tensor:
         return mean(x, kernel, window.strides, pads, up, not exclusive, whole)
     window = _rounded_up(x, window) if up else window
     if kind == "max":
-        result = pool(padded(x, window.before, window.after, -torch.inf), kernel, window.strides)
+        result = pool(_padded(x, window.before, window.after, -torch.inf), kernel, window.strides)
         return result
-    sums = mean(padded(x, window.before, window.after), kernel, window.strides, divisor_override=1)
+    sums = mean(_padded(x, window.before, window.after), kernel, window.strides, divisor_override=1)
     if not exclusive:
         return sums / product(kernel)
-    ones = padded(torch.ones_like(x[:1, :1]), window.before, window.after)
+    ones = _padded(torch.ones_like(x[:1, :1]), window.before, window.after)
     return sums / mean(ones, kernel, window.strides, divisor_override=1)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.host import LARGEST, Host, product
+from slimgraph.importers.paddle.parameters import MAX_RANK
 from slimgraph.importers.paddle.row import Row, known, many, one
 from slimgraph.importers.steps import Call, Operator, Step
 
@@ -106,7 +107,8 @@ def _arange(call: Call, start: Host, end: Host, step: Host) -> Any:
         count = max(math.ceil((end.number - start.number) / step.number), 0)
         if count > LARGEST:
             raise call.error(f"it counts {count} numbers")
-        return Host.of([start.number + i * step.number for i in range(count)], dtype)
+        if count <= MAX_RANK:  # perhaps axes; more are positions
+            return Host.of([start.number + i * step.number for i in range(count)], dtype)
     return torch.arange(start.number, end.number, step.number, dtype=dtype)
 
 
