@@ -12,8 +12,8 @@ from torch import nn
 from models.captured import captured
 from slimgraph.auto.measurements import _size_bytes
 from slimgraph.auto.staging import staging
-from slimgraph.deploy import check_export as checks
 from slimgraph.deploy.check_export import check_export
+from slimgraph.deploy.check_outputs import compare_outputs
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.onnx_file import data_files, read_onnx
@@ -173,7 +173,7 @@ def test_one_sample_with_another_answer_is_one_dissent():
         y[0, best] = y[0, second] - 0.1 * step
         return {"output": y.numpy()}
 
-    error, agreement = checks._compare_outputs(program, model, "net.onnx", {"x": x})
+    error, agreement = compare_outputs(program, model, "net.onnx", {"x": x})
     assert error <= 1.0
     assert agreement == 7 / 8
 
