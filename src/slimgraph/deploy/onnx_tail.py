@@ -32,6 +32,7 @@ def stitch(model: ir.Model, tail: Tail) -> None:
     """
     try:
         end = ir.from_proto(_at_version(parsed(tail), model.opset_imports.get("")))
+        ir.to_proto(end)  # what cannot be written is found here, and not when all is done
     except ir.serde.SerdeError as error:
         raise ExportError(f"The post-processing is no sound ONNX model: {error.__cause__ or error}") from error
     for domain, version in end.opset_imports.items():
