@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.text import Text
 
 from slimgraph.cli.command import Answer, command, table
@@ -15,8 +16,22 @@ if TYPE_CHECKING:
 
 
 @command
-def inspect(model: ModelArgument, inputs: Input = None, weights: Weights = None) -> Answer:
+def inspect(
+    model: ModelArgument,
+    inputs: Input = None,
+    weights: Weights = None,
+    coverage: Annotated[
+        bool,
+        typer.Option(
+            "--coverage",
+            help="Say of each operator of an ONNX or Paddle file whether it can be imported, without importing.",
+            show_default=False,
+        ),
+    ] = False,
+) -> Answer:
     """Show inputs, outputs, layers, parameters, MACs, operators and history of MODEL."""
+    if coverage:
+        return _coverage(model)
     allow_local_modules(model)
     from slimgraph.cli.models import open_model
     from slimgraph.program.program import Program
@@ -26,6 +41,21 @@ def inspect(model: ModelArgument, inputs: Input = None, weights: Weights = None)
         progress(f"Opening {model}")
         opened = open_model(model, inputs=inputs, weights=weights)
         return _of_program(model, opened) if isinstance(opened, Program) else _of_onnx(model, opened.signature)
+
+
+def _coverage(model: str) -> Answer:
+    from slimgraph.cli.models import require_foreign
+    from slimgraph.importers.coverage import NOT
+    from slimgraph.importers.coverage import coverage as coverage_of
+
+    require_foreign(model)
+    rows = coverage_of(model)
+    shown = table("operator", "version", "count", "becomes part of", numbers=("version", "count"))
+    for row in rows:
+        shown.add_row(*map(Text, (row.operator, str(row.version), str(row.count), row.support)))
+    missing = [row.operator for row in rows if row.support == NOT]
+    verdict = f"Not supported: {', '.join(missing)}." if missing else "Every operator is supported."
+    return Answer(data={"model": model, "supported": not missing, "operators": rows}, shown=(shown, verdict))
 
 
 def _of_program(name: str, program: "Program") -> Answer:

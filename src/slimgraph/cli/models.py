@@ -102,6 +102,19 @@ def _require_use(
         )
 
 
+def require_foreign(text: str) -> None:
+    """Refuse what is no file of another tool.
+
+    Raises:
+        ConfigError: it is a `.pt2` or a factory, which need no importing.
+        ModelLoadError: there is no such file.
+    """
+    if not _is_foreign(text):
+        raise ConfigError(f"--coverage is for ONNX and Paddle models, and {text} is none. Leave the option out.")
+    if not Path(text).exists():
+        raise ModelLoadError(f"There is no file {text}. {_beside(Path(text))}Give {_KINDS}.")
+
+
 def _is_factory(text: str) -> bool:
     return is_reference(text) and not Path(text).exists()
 

@@ -25,12 +25,29 @@ def prepare_for_onnx(program: Program) -> Program:
     """
     prepared = remove_dropout(fold_batch_norm(program))
     for node in list(prepared.graph.nodes):
-        if node.target is aten.linear.default:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _contiguous(node)
+        elif node.target is aten.linear.default:
             _flat_linear(node)
         elif node.target is QUANTIZE:
             _clip_to_codes(node)
     _keep_off_invented_names(prepared)
     return edit.finish(prepared)
+
+
+def _contiguous(node: fx.Node) -> None:
+    """Say that attention's result lies in order, which costs nothing in ONNX.
+
+    The exporter takes attention apart, and the parts leave their result in another order than the whole, on which a
+    view behind it was decided: "Cannot view a tensor" (PyTorch 2.13).
+    """
+    with node.graph.inserting_after(node):
+        ordered = node.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    node.replace_all_uses_with(ordered, delete_user_cb=lambda user: user is not ordered)
+    set_names(ordered, layer=layer_of(node), value=value_of(node))
+    set_names(node, layer=layer_of(node), value=f"{value_of(node)}/unordered")
 
 
 def _keep_off_invented_names(program: Program) -> None:
