@@ -444,6 +444,8 @@ def test_what_is_not_counted_is_told():
 def test_layers_that_were_quantized_in_vain_and_a_slower_model_are_warnings(compressed):
     kernels = count_kernels(compressed.files["model.onnx"])
     assert list(speed_notices(compressed.plan, kernels, summarize_pairs(ONCE, 0.5 * ONCE, threads=1, batch=1))) == []
+    beside = replace(kernels, float_layers=(FloatLayer(name="product of two activations", kernel="MatMul"),))
+    assert list(speed_notices(compressed.plan, beside, summarize_pairs(ONCE, 0.5 * ONCE, threads=1, batch=1))) == []
     vain = replace(kernels, convolutions_integer=1, float_layers=(FloatLayer(name="conv2", kernel="FusedConv"),))
     missing, slower = speed_notices(compressed.plan, vain, summarize_pairs(ONCE, 2 * ONCE, threads=1, batch=1))
     assert missing.level == slower.level == "warning"

@@ -65,13 +65,15 @@ def placement_notices(plan: QuantizationPlan) -> Iterator[Notice]:
 
 def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: LatencyComparison) -> Iterator[Notice]:
     """What was to run in integers and does not, and where to look when integers are slow."""
-    in_integers = kernels.convolutions_integer + kernels.matmuls_integer
-    if in_integers < len(plan.weights):
-        missing = [layer.name for layer in kernels.float_layers if layer.name not in plan.kept_float]
+    planned = {weight.value for weight in plan.weights}
+    # Products of two activations are in the counts too, so that names have to be compared. A linear layer that was
+    # flattened for its kernel is called as its product.
+    names = (layer.name.removesuffix("/product") for layer in kernels.float_layers)
+    if missing := [name for name in names if name in planned]:
         yield Notice(
             level="warning",
-            text=f"ONNX Runtime runs {in_integers} of {len(plan.weights)} quantized layers in integers. It computes in "
-            f"float: {_listed(missing)}.",
+            text=f"ONNX Runtime runs {len(planned) - len(missing)} of {len(planned)} quantized layers in integers. It "
+            f"computes in float: {_listed(missing)}.",
         )
     if latency.latency_ratio > 1 + SAME_LATENCY:
         yield Notice(
