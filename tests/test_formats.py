@@ -1,5 +1,7 @@
 """Loading, saving and converting by the suffix of a file."""
 
+from pathlib import Path
+
 import onnx
 import pytest
 import torch
@@ -115,3 +117,30 @@ def test_options_of_one_kind_of_file_are_refused_for_another(program, tmp_path):
         load(tmp_path / "net.onnx", model_filename="x")
     with pytest.raises(ModelLoadError, match="no such file"):
         load(tmp_path / "net.onnx")
+
+
+def test_a_model_whose_weights_lie_beside_it_is_replaced_whole_or_not_at_all(program, tmp_path, monkeypatch):
+    import slimgraph.deploy.onnx as exporter
+
+    export = exporter.export_onnx
+    monkeypatch.setattr(
+        exporter, "export_onnx", lambda *args, **options: export(*args, **options, external_data_above=0)
+    )
+    for name in ("net.onnx", "net.onnx.data"):
+        (tmp_path / name).write_text(f"older {name}")
+    replace = Path.replace
+
+    def failing(self, target):
+        if Path(target) == tmp_path / "net.onnx" and self.parent.name != "older":
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OutputError, match="Input/output error"):
+        convert(program, tmp_path / "net.onnx")
+    monkeypatch.setattr(Path, "replace", replace)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: f"older {name}" for name in ("net.onnx", "net.onnx.data")
+    }
+    convert(program, tmp_path / "net.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]

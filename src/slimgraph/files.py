@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from slimgraph.errors import OutputError
@@ -63,3 +63,45 @@ def output_directory(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise OutputError(f"Cannot write into {folder}: {error.strerror}. Give a folder that is writable.") from error
     return folder
+
+
+def move_together(source: Path, target: Path) -> None:
+    """Move the files of one folder into another: all of them, or none, older ones then being back in their places.
+
+    Folders within `source` stay. Both folders lie on one file system, where a move is at once and whole.
+
+    Raises:
+        OutputError: a file cannot be moved.
+    """
+    # From the end of the alphabet, so that model.onnx.data is there before model.onnx, which reads it.
+    files = sorted((path for path in source.iterdir() if path.is_file()), reverse=True)
+    blocked = [target / path.name for path in files if (target / path.name).is_dir()]
+    if blocked:
+        raise OutputError(
+            f"{blocked[0]} is a folder, where a file is to be written. Move it away, or give another one."
+        )
+    older = source / "older"
+    older.mkdir()
+    with ExitStack() as undo:  # an interruption too must not leave files of two results
+        try:
+            for path in files:
+                place = target / path.name
+                if os.path.lexists(place):
+                    _keep(place, older / path.name)
+                    undo.callback((older / path.name).replace, place)
+                else:
+                    undo.callback(place.unlink, missing_ok=True)
+                path.replace(place)
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write into {target}: {error.strerror}. Give a folder that is writable."
+            ) from error
+        undo.pop_all()
+
+
+def _keep(place: Path, older: Path) -> None:
+    """Give a file a second name, so that there is one under the first at every moment."""
+    try:
+        os.link(place, older, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without hard links
+        place.replace(older)

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputError
+from slimgraph.files import move_together
 from slimgraph.importers.trace import InputShapes
 from slimgraph.program.archive import load_program, save_program
 from slimgraph.program.cast import cast
@@ -148,12 +149,7 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
             add_tail(program.tail, head, written)
             if not is_half:
                 check_stitched(written, head, program.tail, inputs)
-        try:
-            files = (path for path in Path(folder).iterdir() if path.is_file())
-            for part in sorted(files, reverse=True):  # the weights of a large model before the model
-                part.replace(target.parent / part.name)
-        except OSError as error:
-            raise OutputError(f"Cannot write {target}: {error.strerror}. What stood there is unchanged.") from error
+        move_together(Path(folder), target.parent)
 
 
 def _is_half(program: Program) -> bool:
