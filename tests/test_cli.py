@@ -336,6 +336,32 @@ def test_compress_writes_a_checked_model_and_its_report(tmp_path):
     assert [entry["step"] for entry in answer("inspect", "o/model.pt2")["history"]][-1].startswith("quantize")
 
 
+def _padded(path, size, batch=None):
+    """`net.onnx` with weights that nothing reads, so that it is told from the same model written again."""
+    stored = onnx.load(model_file("net.onnx"))
+    stored.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(size, np.float32), "unread"))
+    if batch is not None:
+        for value in (*stored.graph.input, *stored.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(stored, path)
+
+
+def test_what_an_onnx_file_is_measured_against_is_the_file_itself(tmp_path):
+    data = write_npz(tmp_path / "data.npz", image=images(8))
+    _padded("mine.onnx", 5000)
+    found = answer("compress", "mine.onnx", "--data", data, "--max-drop", "1", "--out", "o")
+    assert found["size_bytes_before"] == Path("mine.onnx").stat().st_size > 20_000
+    assert not any("written again" in notice["text"] for notice in found["notices"])
+
+
+def test_where_an_onnx_file_does_not_take_the_batches_it_is_told_what_was_measured_instead(tmp_path):
+    data = write_npz(tmp_path / "data.npz", image=images(8))
+    _padded("one.onnx", 5000, batch=1)
+    found = answer("compress", "one.onnx", "--data", data, "--max-drop", "1", "--out", "o")
+    assert found["size_bytes_before"] < 20_000
+    assert any("written again as ONNX" in notice["text"] for notice in found["notices"])
+
+
 def test_compress_exits_with_3_when_more_is_lost_than_allowed_and_writes_all_the_same(module, tmp_path):
     x = images(16)
     np.save("float.npy", net()(torch.from_numpy(x)).detach().numpy())

@@ -167,7 +167,11 @@ def compress(
         report = report_of(
             quantized,
             found,
-            (*target_notices(target, resolved), *_notices(program, quantized, found, how)),
+            (
+                *target_notices(target, resolved),
+                *_rewritten_notices(program, float_reference),
+                *_notices(program, quantized, found, how),
+            ),
             after=result,
             title=title or _title(program),
             command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",
@@ -263,6 +267,16 @@ def _notices(program: Program, quantized: Quantization, found: Measurements, how
     yield from placement_notices(quantized.plan)
     yield from capture_notices(program.history)
     yield from tail_notices(program.tail)
+
+
+def _rewritten_notices(program: Program, float_reference: str | os.PathLike[str] | None) -> Iterator[Notice]:
+    """What the original was, where it was not the file that the program came from."""
+    if float_reference is None and any(entry.step.startswith("import_") for entry in program.history):
+        yield Notice(
+            level="notice",
+            text="The original whose size and latency are told is the imported model written again as ONNX, not the "
+            "file that it was read from, whose own may differ.",
+        )
 
 
 def _title(program: Program) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,9 @@ from slimgraph.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimgraph.auto.pipeline import Compression
+    from slimgraph.program.program import Program
     from slimgraph.quantization.plan import QuantizationPlan
+    from slimgraph.training.data import DataSource
 
 DROP_EXCEEDED = 3
 
@@ -90,8 +93,9 @@ def compress(
         progress(f"Opening {model}")
         program = open_program(model, inputs=inputs, weights=weights, seed=seed)
         calibration = open_samples(data, program.signature, samples, seed=seed)
+        evaluation = None if eval_data is None else open_samples(eval_data, program.signature, samples, seed=seed)
         options: CompressOptions = {
-            "eval_data": None if eval_data is None else open_samples(eval_data, program.signature, samples, seed=seed),
+            "eval_data": evaluation,
             "target": target,
             "metric": metric,
             "max_drop": max_drop,
@@ -101,10 +105,35 @@ def compress(
             "threads": threads,
             "progress": progress,
             "command": shlex.join(["slimgraph", *context.obj]),
+            "float_reference": None if dry_run else _users_file(model, program, calibration, evaluation),
         }
         if out is None or dry_run:
             return _planned(compress_program(program, calibration, out=out or ".", dry_run=True, **options))
         return told(compress_program(program, calibration, out=out, **options))
+
+
+def _users_file(
+    model: str, program: "Program", calibration: "DataSource", evaluation: "DataSource | None"
+) -> Path | None:
+    """The ONNX file that MODEL names, to be measured against; None where it cannot stand for its program."""
+    from slimgraph.auto.given_data import first_samples
+    from slimgraph.deploy.runtime import OnnxModel
+    from slimgraph.errors import DataError, ModelLoadError
+
+    path = Path(model)
+    if path.suffix.lower() != ".onnx" or program.tail is not None:
+        return None
+    try:
+        file = OnnxModel.open(path)
+        for data in (calibration,) if evaluation is None else (calibration, evaluation):
+            for batch in islice(data, 1):  # a file may be made for one sample, and has to take whole batches
+                file.signature.bind(batch.inputs)
+        for sample in first_samples(calibration, program.signature, 1, at_once=1):
+            file(sample)
+    except (DataError, ModelLoadError):
+        return None
+    outputs = [[spec.name for spec in signature.outputs] for signature in (file.signature, program.signature)]
+    return path if outputs[0] == outputs[1] else None
 
 
 def _planned(plan: "QuantizationPlan") -> Answer:
