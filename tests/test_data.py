@@ -28,6 +28,7 @@ def takes(*inputs, classes=10):
 
 VECTOR = takes(("x", ("batch", 4)))
 PICTURE = takes(("x", ("batch", 3, 8, 8)))
+TWO_CLASSES = takes(("x", ("batch", 3, 8, 8)), classes=2)
 GREY = takes(("x", ("batch", 1, 8, 8)))
 
 
@@ -532,7 +533,7 @@ def values_of(batch):
 
 
 def test_a_folder_numbers_its_classes_by_name_and_gives_them_in_turn(folder):
-    batch = everything(open_data(str(folder), PICTURE))
+    batch = everything(open_data(str(folder), TWO_CLASSES))
     assert batch.labels.tolist() == [0, 1, 0, 0]
     assert values_of(batch) == [20, 10, 30, 40]
 
@@ -541,7 +542,7 @@ def test_hidden_files_and_other_files_in_a_folder_are_no_pictures(folder):
     (folder / ".cache").mkdir()
     (folder / "a" / "._0.png").write_bytes(b"not a picture")
     (folder / "a" / "notes.txt").write_text("notes")
-    assert len(open_data(str(folder), PICTURE)) == 4
+    assert len(open_data(str(folder), TWO_CLASSES)) == 4
 
 
 def test_a_folder_of_pictures_has_no_labels(folder):
@@ -556,18 +557,26 @@ def test_folders_that_are_wrong_are_refused(folder, tmp_path):
         open_data(str(tmp_path / "nothing"), PICTURE)
     Image.fromarray(noise(8, 8, 3)).save(folder / "stray.png")
     with pytest.raises(DataError, match=r"stray\.png first, beside class folders, a first"):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
     (folder / "stray.png").unlink()
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"class folder .*empty has no pictures"):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
 
 
-def test_more_classes_than_outputs_are_refused(folder):
+@pytest.mark.parametrize("classes", [2, 5])
+def test_class_folders_that_are_not_all_classes_are_refused_with_what_to_do(folder, classes):
+    # Labels of "c" and "d", classes 2 and 3 of five, would silently be 0 and 1.
     (folder / "c").mkdir()
     Image.fromarray(noise(8, 8, 3)).save(folder / "c" / "0.png")
-    with pytest.raises(DataError, match="sample 2 has label 2, but the program has 2 outputs"):
-        open_data(str(folder), takes(("x", ("batch", 3, 8, 8)), classes=2))
+    with pytest.raises(
+        DataError, match=rf"3 class folders \(a, b, c\), but .* {classes} classes.*sorted.*`path label`"
+    ):
+        open_data(str(folder), takes(("x", ("batch", 3, 8, 8)), classes=classes))
+
+
+def test_class_folders_are_not_counted_where_the_outputs_are_no_classes(folder):
+    assert len(open_data(str(folder), takes(("x", ("batch", 3, 8, 8)), classes="free"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -582,20 +591,20 @@ def test_more_classes_than_outputs_are_refused(folder):
 def test_unreadable_pictures_are_refused_by_path(folder, content, message):
     (folder / "a" / "0.png").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
 
 
 def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded(folder, monkeypatch):
     Image.fromarray(np.zeros((100, 100), np.uint8)).save(folder / "a" / "0.png")
     monkeypatch.setattr("slimgraph.training.images._MOST_PIXELS", 9_999)
     with pytest.raises(DataError, match=r"0\.png is refused: 100 × 100 is more than 9999 pixels"):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)  # beyond twice this Pillow refuses by itself
     with pytest.raises(DataError, match=r"0\.png is refused"):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # between once and twice it only warns
     with pytest.raises(DataError, match=r"0\.png is refused"):
-        open_data(str(folder), PICTURE)
+        open_data(str(folder), TWO_CLASSES)
 
 
 def test_a_list_names_pictures_relative_to_itself(folder):

@@ -9,6 +9,7 @@ import numpy as np
 
 from slimgraph.errors import DataError
 from slimgraph.program.signature import Signature
+from slimgraph.training.batch import class_count
 from slimgraph.training.images import PICTURE_SUFFIXES, ImageOptions, PictureInput, Pixels
 from slimgraph.training.samples import Samples, picture_samples
 
@@ -26,6 +27,9 @@ def open_folder(path: Path, signature: Signature, image: ImageOptions | None) ->
 
     The order is one picture of each class, then the next of each, so that every beginning is a fair sample. A folder
     that directly holds pictures gives them in the order of their names, without labels.
+
+    Raises:
+        DataError: there are no pictures, or as many class folders as the program has classes are not there.
     """
     pictures = PictureInput.of(signature, image, where=str(path))
     own = _picture_files(path)
@@ -42,8 +46,26 @@ def open_folder(path: Path, signature: Signature, image: ImageOptions | None) ->
     for folder, files in zip(folders, by_class, strict=True):
         if not files:
             raise DataError(f"The class folder {folder} has no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}).")
+    _require_every_class(path, folders, class_count(signature))
     interleaved = [sample for sample in chain.from_iterable(zip_longest(*by_class)) if sample is not None]
     return _from_files(str(path), [file for file, _ in interleaved], [label for _, label in interleaved], pictures)
+
+
+_NAMED = 8
+"""Class folders that a message names; of more it gives the number."""
+
+
+def _require_every_class(path: Path, folders: Sequence[Path], classes: int | None) -> None:
+    """Refuse folders that cannot be all classes: every class behind a missing one would get a wrong number."""
+    if classes is None or len(folders) == classes:
+        return
+    names = ", ".join(folder.name for folder in folders[:_NAMED])
+    more = f" and {len(folders) - _NAMED} more" if len(folders) > _NAMED else ""
+    raise DataError(
+        f"{path} has {len(folders)} class folders ({names}{more}), but the program has {classes} classes. Folders are "
+        f"numbered by their sorted names, {folders[0].name} is 0, so that labels would be wrong where one is missing. "
+        f"Give a text file with a line `path label` for each picture instead."
+    )
 
 
 _LINE = re.compile(r"(?P<path>\S.*?)\s+(?P<label>\d{1,9})")
