@@ -68,15 +68,21 @@ def test_a_short_last_batch_counts_by_its_samples():
     [
         ([1.0, 1.0, 0.0], [0]),  # of equal scores the first class is the answer, as with argmax
         ([0.0, 0.0, 0.0], [0]),
-        ([math.nan, 1.0, 0.0], []),  # argmax would say class 0
-        ([0.0, 1.0, math.nan], []),
         ([math.inf, 1.0, 0.0], [0]),
         ([-math.inf, -math.inf, 0.0], [2]),
     ],
 )
-def test_ties_and_nan_in_scores(scores, right):
+def test_ties_and_infinities_in_scores(scores, right):
     results = [evaluate(itself, batches([scores], [label])).value for label in range(3)]
     assert results == [float(label in right) for label in range(3)]
+
+
+@pytest.mark.parametrize("metric", ["top1", "top5"])
+def test_an_answer_that_is_nan_is_no_wrong_answer_but_a_broken_model(metric):
+    scores = torch.zeros(3, 7)
+    scores[1, 4] = math.nan
+    with pytest.raises(DataError, match=f"answers NaN to 1 of 3 samples of a batch, so that {metric} says nothing"):
+        evaluate(itself, batches(scores, [0, 1, 2], size=3), metric=metric)
 
 
 @settings(max_examples=50, deadline=None)

@@ -410,6 +410,13 @@ def test_a_program_that_is_quantized_already_is_refused(compressed, tmp_path):
 
 
 def test_onnxruntime_is_the_variant_of_this_processor(trained, tmp_path, monkeypatch):
+def test_a_weight_that_is_nan_is_refused_before_any_work(trained, tmp_path):
+    broken = trained.copy()
+    broken.state_dict()["conv2.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ProgramError, match=r"1 of 1152 numbers of 'conv2\.weight' are NaN"):
+        compress(broken, CALIBRATION, eval_data=EVALUATION, out=tmp_path / "out", dry_run=True)
+
+
     for features, target in ((("avx2",), "onnxruntime-avx2"), (("avx2", "avx_vnni"), "onnxruntime")):
         processor = Processor(name="", architecture="x86_64", features=features)
         monkeypatch.setattr(targets, "detect_processor", lambda processor=processor: processor)

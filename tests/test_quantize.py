@@ -25,7 +25,7 @@ from slimgraph.quantization.apply import apply_quantization, quantized_weight
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias, correct_weight
 from slimgraph.quantization.plan import plan_quantization
-from slimgraph.quantization.quantize import prepare, quantize, quantize_with_record
+from slimgraph.quantization.quantize import prepare, quantize, quantize_with_record, require_finite
 
 
 def batches(name, count=4, size=8):
@@ -73,6 +73,32 @@ def images():
 
 
 # Placement
+# Weights that are no numbers
+
+
+@pytest.mark.parametrize("tensor", ["conv2.weight", "fc.bias", "bn1.running_mean"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(chain, images, tensor, bad):
+    program = chain.copy()
+    program.state_dict()[tensor].view(-1)[0] = bad
+    with pytest.raises(ProgramError, match=rf"1 of \d+ numbers of '{tensor}' are NaN or infinite"):
+        quantize(program, calibration=(pytest.fail("data were read") for _ in images))
+
+
+def test_masks_may_be_infinite():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([-0.5, -float("inf"), 0.0, 0.0]))
+            self.zeros = nn.Parameter(torch.tensor([0.0, 0.0, float("-inf"), 0.0]))
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.softmax(self.fc(x) + self.mask + self.zeros, dim=1)
+
+    require_finite(capture(Masked(), torch.zeros(1, 4)))
+
+
 
 
 def test_every_value_between_integer_operators_is_quantized(chain):

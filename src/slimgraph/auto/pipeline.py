@@ -31,7 +31,14 @@ from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.program import Program, require_program
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
-from slimgraph.quantization.quantize import Quantization, prepare, quantize_with_record, require_float, require_work
+from slimgraph.quantization.quantize import (
+    Quantization,
+    prepare,
+    quantize_with_record,
+    require_finite,
+    require_float,
+    require_work,
+)
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.page import write_report
@@ -188,6 +195,7 @@ def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, th
     require_program(program)
     require_float(program)
     find_metric(metric)
+    require_finite(program)
     range_algorithm(algorithm)
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ConfigError(

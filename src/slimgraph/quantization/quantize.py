@@ -8,7 +8,9 @@ from torch import Tensor
 
 from slimgraph.deploy.targets import Target, resolved_target, target_named
 from slimgraph.errors import ProgramError
+from slimgraph.program.edit import constant_of
 from slimgraph.program.fold import fold_batch_norm
+from slimgraph.program.names import operator_name
 from slimgraph.program.program import Program, require_program
 from slimgraph.program.qdq import is_quantized
 from slimgraph.program.simplify import remove_dropout
@@ -43,6 +45,31 @@ def require_float(program: Program) -> None:
     """
     if is_quantized(program.graph):
         raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+
+
+def require_finite(program: Program) -> None:
+    """Return if every weight is a number: a layer with one NaN or infinity answers nothing else.
+
+    An infinity is allowed where it is meant, as in a mask: in a buffer that is not the statistics of a batch norm, or
+    among nothing but zeros.
+
+    Raises:
+        ProgramError: one is not; the message names it.
+    """
+    parameters = dict(program.named_parameters(remove_duplicate=False))
+    for node in program.graph.find_nodes(op="get_attr"):
+        tensor = constant_of(program.graph_module, node)
+        if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            continue
+        is_statistics = any(operator_name(user.target) == "batch_norm" for user in node.users)
+        only_zeros = not bool(tensor[tensor.isfinite()].any())
+        is_mask = not is_statistics and (node.target not in parameters or only_zeros)
+        if bool(tensor.isnan().any()) or not is_mask:
+            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            raise ProgramError(
+                f"{wrong} of {tensor.numel()} numbers of {str(node.target)!r} are NaN or infinite, so that the program "
+                f"cannot answer. Give the weights of a training that did not diverge."
+            )
 
 
 def require_work(plan: QuantizationPlan) -> None:
@@ -87,7 +114,8 @@ def quantize(
     Raises:
         CalibrationError, DataError: the data cannot be used.
         UnknownNameError, ConfigError: no such target, algorithm or layer, or the target has no kernel of that width.
-        ProgramError: the program is none, is quantized already, or has nothing that the target computes in integers.
+        ProgramError: the program is none, is quantized already, has a weight that is NaN or infinite, or has nothing
+            that the target computes in integers.
 
     >>> import torch
     >>> from slimgraph.program.capture import capture
@@ -97,6 +125,7 @@ def quantize(
     """
     require_program(program)
     require_float(program)
+    require_finite(program)
     chosen = resolved_target(target) if isinstance(target, str) else target
     prepared = prepare(program, target=chosen)
     plan = plan_quantization(

@@ -74,7 +74,7 @@ def evaluate(model: Callable[..., Any], data: str | Iterable[Any], *, metric: st
     Raises:
         UnknownNameError: there is no such metric.
         DataError: there is no batch, one does not fit the model, or the metric does not apply to these outputs and
-            labels.
+            labels, or a score is NaN.
         ConfigError: the metric returned something else than one number for each sample, or one for the batch.
     """
     score = find_metric(metric) if isinstance(metric, str) else metric

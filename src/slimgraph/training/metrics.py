@@ -40,10 +40,11 @@ def class_scores(outputs: Outputs) -> Tensor | None:
 def top_k(outputs: Outputs, labels: Tensor | None, *, k: int) -> Tensor:
     """Whether the label is among the `k` classes with the highest scores, bool (N,).
 
-    Of equal scores the lower class number counts as the higher score, as with argmax. An answer with a NaN is wrong.
+    Of equal scores the lower class number counts as the higher score, as with argmax.
 
     Raises:
-        DataError: there are no labels, they are no classes, or the outputs are no scores of more than `k` classes.
+        DataError: there are no labels, they are no classes, the outputs are no scores of more than `k` classes, or a
+            score is NaN.
     """
     name = f"top{k}"
     if labels is None:
@@ -62,6 +63,12 @@ def top_k(outputs: Outputs, labels: Tensor | None, *, k: int) -> Tensor:
             f"{name} needs one class number for each of {len(scores)} samples, "
             f"but the labels are {str(labels.dtype).removeprefix('torch.')}{list(labels.shape)}."
         )
+    broken = scores.isnan().any(dim=1)
+    if broken.any():
+        raise DataError(
+            f"The model answers NaN to {int(broken.sum())} of {len(scores)} samples of a batch, so that {name} says "
+            f"nothing about it. Look for weights that are NaN or infinite, and for values too large for its type."
+        )
     classes = scores.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0].item()
@@ -70,7 +77,7 @@ def top_k(outputs: Outputs, labels: Tensor | None, *, k: int) -> Tensor:
     score = scores.gather(1, labelled)
     lower = torch.arange(classes) < labelled
     better = ((scores > score) | ((scores == score) & lower)).sum(dim=1)
-    return (better < k) & ~scores.isnan().any(dim=1)
+    return better < k
 
 
 METRICS = MappingProxyType({"top1": partial(top_k, k=1), "top5": partial(top_k, k=5)})
