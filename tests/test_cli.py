@@ -16,6 +16,7 @@ import typer
 from safetensors.torch import save_file
 
 from cli_runs import answer, command_line, images, model_file, net, run, write_npz
+from onnx_models import Graph
 from slimgraph.cli import digits_network
 from slimgraph.cli.command import plain
 from slimgraph.cli.main import app
@@ -296,6 +297,32 @@ def test_bench_measures_one_model_or_compares_two():
     comparison = compared["comparison"]
     assert comparison["speedup"] == pytest.approx(1 / comparison["latency_ratio"])
     assert compared["against_runtime"] == "PyTorch"
+
+
+def _with_free_sizes(path):
+    graph = Graph()
+    x = graph.input("N", 3, "H", "W", name="image")
+    path.write_bytes(graph.bytes(graph.op("Relu", x)))
+
+
+def test_bench_asks_for_sizes_in_its_own_words_and_takes_them_in_two_forms(tmp_path):
+    _with_free_sizes(tmp_path / "free.onnx")
+    refused = run("bench", "free.onnx").stderr
+    assert "Give --size H=N --size W=N." in refused
+    assert "{" not in refused
+    assert "Closest: H." in run("bench", "free.onnx", "--size", "h=3").stderr
+    for options in (["--size", "H=8", "--size", "W=6"], ["--input", "image=1,3,8,6"], ["--input", "0,0,8,6"]):
+        assert answer("bench", "free.onnx", *options, "--batch", "2")["latency"]["batch"] == 2
+
+
+def test_an_input_fixes_the_open_sizes_of_an_onnx_file_except_the_batch(tmp_path):
+    _with_free_sizes(tmp_path / "free.onnx")
+    assert answer("inspect", "free.onnx", "--input", "1,3,8,6")["inputs"][0]["shape"] == ["N", 3, 8, 6]
+    assert answer("inspect", "free.onnx", "--input", "1,3,8,0")["inputs"][0]["shape"] == ["N", 3, 8, "W"]
+    assert "takes image: float32[N, 3, H, W]" in run("inspect", "free.onnx", "--input", "1,4,8,6").stderr
+    assert "imagine" in run("inspect", "free.onnx", "--input", "imagine=1,3,8,6").stderr
+    answer("convert", "free.onnx", "fixed.onnx", "--input", "image=0,3,8,6")
+    assert answer("inspect", "fixed.onnx")["inputs"][0]["shape"][1:] == [3, 8, 6]
 
 
 # --- convert ---

@@ -1,12 +1,15 @@
 """`slimgraph bench`: how long one call takes."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimgraph.cli.command import Answer, command
 from slimgraph.cli.options import Input, ModelArgument, Seed, Threads, Weights, allow_local_modules
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, closest
+
+if TYPE_CHECKING:
+    from slimgraph.program.signature import Signature
 
 
 def _sizes(texts: list[str]) -> dict[str, int]:
@@ -17,6 +20,24 @@ def _sizes(texts: list[str]) -> dict[str, int]:
             raise ConfigError(f"--size is {text!r}; give the name of a free axis and its size, as height=640.")
         sizes[name] = int(size)
     return sizes
+
+
+def _require_sizes(model: str, signature: "Signature", sizes: dict[str, int]) -> None:
+    """Refuse what `measure_latency` would, in the words of this command."""
+    from slimgraph.deploy.random_inputs import axes_without_size
+
+    unknown = [axis for axis in sizes if axis not in signature.free_axes]
+    if unknown:
+        raise ConfigError(
+            f"--size names the axis {unknown[0]!r}, which {model} does not leave free. "
+            f"{closest(unknown[0], signature.free_axes)}"
+        )
+    if missing := axes_without_size(signature, sizes):
+        wanted = " ".join(f"--size {axis}=N" for axis in missing)
+        raise ConfigError(
+            f"{model} takes {', '.join(map(str, signature.inputs))}, and nothing says how long "
+            f"{', '.join(map(repr, missing))} should be. Give {wanted}."
+        )
 
 
 @command
@@ -47,6 +68,7 @@ def bench(
     """
     from slimgraph.cli.models import open_models
     from slimgraph.deploy.latency import LatencyComparison, measure_latency
+    from slimgraph.deploy.random_inputs import random_inputs
     from slimgraph.deploy.runtime import OnnxModel
     from slimgraph.progress import ProgressBar
 
@@ -56,9 +78,14 @@ def bench(
     with ProgressBar() as progress:
         progress(f"Opening {' and '.join(names)}")
         opened = open_models(names, inputs=inputs, weights=weights, seed=seed)
+        for name, each in zip(names, opened, strict=True):
+            _require_sizes(name, each.signature, sizes)
+        # A session that is opened again for its threads does not know of sizes that --input has fixed.
+        fixed = random_inputs(opened[0].signature, batch=batch, sizes=sizes, seed=seed) if inputs else None
         progress("Measuring")
         latency = measure_latency(
             opened[0],
+            fixed,
             against=None if against is None else opened[1],
             threads=threads,
             batch=batch,

@@ -4,7 +4,8 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -58,7 +59,7 @@ def open_model(
 
     Args:
         text: a `.pt2` file, an `.onnx` file, a Paddle model, or `package.module:factory`, which is imported and called.
-        inputs: what `--input` says of the factory's module, or of axes that a Paddle model leaves open.
+        inputs: what `--input` says of the factory's module, or of axes that an ONNX or Paddle file leaves open.
         weights: for the factory's module.
         seed: of the weights that a factory draws; the same one gives the same weights to every command.
     Raises:
@@ -73,31 +74,35 @@ def open_models(
     texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
 ) -> list[Program | OnnxModel]:
     """As `open_model`, for several; `inputs` and `weights` are for those of them that can do with them."""
-    _require_use(texts, inputs, weights, importing=_is_paddle)
-    return [_opened(text, inputs, weights, seed, run_onnx=True) for text in texts]
+    _require_use(texts, inputs, weights)
+    # Beside a factory an ONNX file needs no sizes, and its inputs may have other names.
+    beside = any(map(_is_factory, texts))
+
+    def own(text: str) -> Sequence[str] | None:
+        return None if beside and Path(text).suffix.lower() == ".onnx" else inputs
+
+    return [_opened(text, own(text), weights, seed, run_onnx=True) for text in texts]
 
 
 def open_program(
     text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
 ) -> Program:
     """As `open_model`, where only a program will do: an ONNX file is imported."""
-    _require_use([text], inputs, weights, importing=_is_foreign)
+    _require_use([text], inputs, weights)
     model = _opened(text, inputs, weights, seed, run_onnx=False)
     assert isinstance(model, Program)
     return model
 
 
-def _require_use(
-    texts: Sequence[str], inputs: Sequence[str] | None, weights: Path | None, *, importing: Callable[[str], bool]
-) -> None:
+def _require_use(texts: Sequence[str], inputs: Sequence[str] | None, weights: Path | None) -> None:
     factories = [text for text in texts if _is_factory(text)]
     if weights is not None and not factories:
         raise ConfigError(
             f"--weights is for package.module:factory, but the model is {texts[0]}. Leave the option out."
         )
-    if inputs and not factories and not any(map(importing, texts)):
+    if inputs and not factories and not any(map(_is_foreign, texts)):
         raise ConfigError(
-            f"--input is for package.module:factory and for files that are imported, but the model is {texts[0]}. "
+            f"--input is for package.module:factory and for ONNX and Paddle files, but the model is {texts[0]}. "
             "Leave the option out."
         )
 
@@ -140,16 +145,49 @@ def _opened(
     if path.is_dir() and path.suffix.lower() in (".pt2", ".onnx"):
         raise ModelLoadError(f"{text} is a folder. Give {_KINDS}.")
     if run_onnx and path.suffix.lower() == ".onnx":
-        return OnnxModel.open(path)
+        model = OnnxModel.open(path)
+        model.signature = _with_sizes(model.signature, _shapes(inputs), text)
+        return model
     return load(path, input_shapes=_shapes(inputs) if _is_foreign(text) else None)
 
 
 def _shapes(texts: Sequence[str] | None) -> InputShapes | None:
-    """Shapes from the text of `--input`, of which the types do not count: files have their own."""
-    examples = parse_inputs(texts or ())
-    if isinstance(examples, dict):
-        return {name: list(x.shape) for name, x in examples.items()}
-    return [list(x.shape) for x in examples] or None
+    """Shapes from the text of `--input`, without its types, since files have their own; 0 leaves an axis free."""
+    named, specs = _input_specs(texts or ())
+    shapes = [[int(size) for size in spec.shape] for spec in specs]
+    return dict(zip((spec.name for spec in specs), shapes, strict=True)) if named else shapes or None
+
+
+def _with_sizes(signature: Signature, shapes: InputShapes | None, model: str) -> Signature:
+    """The signature of an ONNX file with these sizes for axes that it leaves open, but for the batch, as in importing.
+
+    Raises:
+        ConfigError: a shape is that of no input.
+    """
+    if not shapes:
+        return signature
+    specs = {spec.name: spec for spec in signature.inputs}
+    if not isinstance(shapes, Mapping):
+        shapes = dict(zip(specs, shapes, strict=False)) if len(shapes) <= len(specs) else {"": shapes[-1]}
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        wanted = specs[name].shape if name in specs else ()
+        if len(shape) != len(wanted) or any(
+            isinstance(axis, int) and size not in (0, axis) for size, axis in zip(shape, wanted, strict=True)
+        ):
+            takes = ", ".join(map(str, signature.inputs))
+            given = f"{name}={','.join(map(str, shape))}".lstrip("=")
+            raise ConfigError(f"--input {given} does not fit {model}, which takes {takes}.")
+        sizes.update(
+            {axis: size for size, axis in zip(shape[1:], wanted[1:], strict=True) if isinstance(axis, str) and size}
+        )
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(
+            spec, shape=tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape)
+        )
+
+    return replace(signature, inputs=tuple(map(fixed, signature.inputs)), outputs=tuple(map(fixed, signature.outputs)))
 
 
 def _refusal(path: Path) -> str:
@@ -212,6 +250,19 @@ def parse_inputs(texts: Sequence[str]) -> list[Tensor] | dict[str, Tensor]:
     >>> {name: (list(x.shape), x.dtype) for name, x in parse_inputs(["ids=1,16:int64"]).items()}
     {'ids': ([1, 16], torch.int64)}
     """
+    named, specs = _input_specs(texts)
+    for text, spec in zip(texts, specs, strict=True):
+        if 0 in spec.shape:
+            raise ConfigError(
+                f"--input {text} has an axis of size 0, which leaves it open in a file that is imported. An example "
+                "for a module needs at least 1."
+            )
+    values = random_inputs(Signature(inputs=specs, outputs=()))
+    return values if named else list(values.values())
+
+
+def _input_specs(texts: Sequence[str]) -> tuple[bool, tuple[TensorSpec, ...]]:
+    """Whether the inputs have names, and what is said of each."""
     specs = [_input_spec(text, index) for index, text in enumerate(texts)]
     named = [name for name, _ in specs if name is not None]
     if named and len(named) < len(specs):
@@ -219,8 +270,7 @@ def parse_inputs(texts: Sequence[str]) -> list[Tensor] | dict[str, Tensor]:
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise ConfigError(f"--input gives {twice!r} twice.")
-    values = random_inputs(Signature(inputs=tuple(spec for _, spec in specs), outputs=()))
-    return values if named else list(values.values())
+    return bool(named), tuple(spec for _, spec in specs)
 
 
 def _input_spec(text: str, index: int) -> tuple[str | None, TensorSpec]:
@@ -234,6 +284,4 @@ def _input_spec(text: str, index: int) -> tuple[str | None, TensorSpec]:
     if dtype not in _DTYPES:
         raise ConfigError(f"--input {text} has the type {dtype!r}, which does not exist. {closest(dtype, _DTYPES)}")
     shape = tuple(int(size) for size in match["shape"].split(","))
-    if 0 in shape:
-        raise ConfigError(f"--input {text} has an axis of size 0; give at least 1.")
     return match["name"], TensorSpec(name=match["name"] or str(index), dtype=_DTYPES[dtype], shape=shape)

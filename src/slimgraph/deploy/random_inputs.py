@@ -21,13 +21,18 @@ def _sizes(signature: Signature, batch: int | None, sizes: Mapping[str, int]) ->
         raise DataError(f"The batch is {batch}, but the input {signature.inputs[0]} has a fixed one: {firsts[0]}.")
     leading = {axis: batch or 1 for axis in firsts if isinstance(axis, str)}
     chosen = {**signature.example_sizes, **leading, **sizes}
-    missing = [axis for axis in signature.free_axes if axis not in chosen]
-    if missing:
+    if missing := axes_without_size(signature, sizes):
         raise DataError(
             f"The inputs {', '.join(map(str, signature.inputs))} have free axes, and nothing says how long "
             f"{', '.join(map(repr, missing))} should be. Give sizes={{{missing[0]!r}: …}}, or inputs of your own."
         )
     return chosen
+
+
+def axes_without_size(signature: Signature, sizes: Mapping[str, int]) -> list[str]:
+    """The free axes of the inputs of which nothing says how long they should be."""
+    firsts = {spec.shape[0] for spec in signature.inputs if spec.shape}
+    return [axis for axis in signature.free_axes if axis not in {*signature.example_sizes, *firsts, *sizes}]
 
 
 def _random(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> Tensor:

@@ -1,9 +1,13 @@
 """Give a program back to `torch.export`, which every writer of files stands on."""
 
+import re
+
 import torch
 
 from slimgraph.errors import ProgramError
 from slimgraph.program.program import Program
+
+_LONGEST_REASON = 300
 
 
 def reexport(program: Program) -> torch.export.ExportedProgram:
@@ -32,6 +36,19 @@ def reexport(program: Program) -> torch.export.ExportedProgram:
         with torch.no_grad():
             return torch.export.export(program.graph_module, example, dynamic_shapes=shapes or None, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:  # UserError and ConstraintViolation are such
-        raise ProgramError(f"The program cannot be exported again: {str(error).strip()[:600]}") from error
+        raise ProgramError(
+            f"The program cannot be exported again with the free axes {', '.join(map(repr, signature.free_axes))}: "
+            f"{_reason(error)} Fix the sizes where the model is opened: --input NAME=SHAPE on the command line, "
+            "`input_shapes` of load, or capture without `dynamic`."
+            if signature.free_axes
+            else f"The program cannot be exported again: {_reason(error)}"
+        ) from error
     finally:
         program.train(was_training)
+
+
+def _reason(error: Exception) -> str:
+    """What torch.export says, as one sentence, without its advice on how to debug torch.export."""
+    without_advice = re.sub(r"[^.!\n]*TORCH_LOGS\S*", "", str(error))
+    text = " ".join(without_advice.split())[:_LONGEST_REASON].rstrip()
+    return text if text.endswith((".", "!")) else f"{text}."
