@@ -171,6 +171,14 @@ def test_inputs_that_are_missing_or_malformed(inputs, said):
     assert said in refusal("inspect", "linear:make", *options)
 
 
+def test_a_factory_that_wants_arguments():
+    written("sized", "from torch import nn\ndef make(width):\n    return nn.Linear(4, width)\n")
+    message = refusal("inspect", "sized:make", "--input", "1,4")
+    assert "'width'" in message
+    assert "bug" not in message
+    assert "out_features" in refusal("inspect", "torch.nn:Linear", "--input", "1,4")
+
+
 def test_a_factory_that_makes_something_else():
     written("maker", "def make():\n    return 3\n")
     message = refusal("inspect", "maker:make", "--input", "1,4")
@@ -321,6 +329,25 @@ def test_data_that_are_not_there(spec, said):
 def test_evaluation_data_are_checked_before_any_work():
     message = refusal("compress", model_file("net.pt2"), "--data", data_file(), "--eval-data", "none.npz", "--out", "o")
     assert "none.npz" in message
+
+
+def test_an_index_that_a_table_has_not_got_is_an_error_of_the_data():
+    written(
+        "words",
+        """
+        from torch import nn
+
+        def make():
+            return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2))
+        """,
+    )
+    ids = np.zeros((8, 3), np.int64)
+    ids[6, 1] = 5
+    data = write_npz("words.npz", input=ids, label=np.zeros(8, np.int64))
+    options = ("--input", "2,3:int64", "--data", data, "--batch-size", "4")
+    message = refusal("compress", "words:make", *options, "--out", "o")
+    assert "Calibration batch 1 cannot be run by the program: index out of range" in message
+    assert "input: int64[4, 3] from 0 to 5" in refusal("evaluate", "words:make", *options)
 
 
 def test_a_stream_that_fails_in_the_middle_leaves_nothing():

@@ -1,10 +1,11 @@
 """Open what the argument MODEL names."""
 
 import contextlib
+import inspect
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -211,6 +212,8 @@ def _captured(reference: str, inputs: Sequence[str], weights: Path | None, seed:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the caller's random numbers stay its own
         torch.manual_seed(seed)
         found = import_callable(reference, what="The model", error=ModelLoadError)
+        if not isinstance(found, nn.Module):
+            _require_no_arguments(found, reference)
         module = found if isinstance(found, nn.Module) else found()
     if not isinstance(module, nn.Module):
         raise ModelLoadError(
@@ -227,6 +230,21 @@ def _captured(reference: str, inputs: Sequence[str], weights: Path | None, seed:
         )
     with _without_trace():
         return capture(module, example)
+
+
+def _require_no_arguments(factory: Callable[..., object], reference: str) -> None:
+    """Refuse a factory that cannot be called as it is: what it raised would look like an error of its own."""
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # written in C, without a signature
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ModelLoadError(
+            f"{reference} is called without arguments, and takes {signature}: {error}. Write a function that makes the "
+            "module with the arguments it needs, and name that one."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -101,7 +101,11 @@ class Program(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """Compute the outputs; inputs are given in order, by name, or both."""
-        outputs = self.graph_module(*self._ordered(args, kwargs))
+        inputs = self._ordered(args, kwargs)
+        try:
+            outputs = self.graph_module(*inputs)
+        except IndexError as error:  # a row that a table has not got, asked for by the contents of the inputs
+            raise DataError(f"The program cannot be run on {_described(inputs, self.signature)}: {error}.") from error
         if self.signature.output_form == "tensor":
             return outputs[0]  # type: ignore[no-any-return]
         if self.signature.output_form == "dict":
@@ -175,6 +179,15 @@ def require_program(given: object) -> None:
             f"A program is wanted, but a {type(given).__name__} was given. "
             "Capture a module first: slimgraph.capture(module, example_inputs); load a file: slimgraph.load(path)."
         )
+
+
+def _described(inputs: list[Tensor], signature: Signature) -> str:
+    """Names, types and shapes of inputs; of integers also the numbers, since they may be indices."""
+    told = []
+    for spec, x in zip(signature.inputs, inputs, strict=True):
+        reach = f" from {x.min().item()} to {x.max().item()}" if x.numel() and not x.is_floating_point() else ""
+        told.append(f"{spec.name}: {str(x.dtype).removeprefix('torch.')}{list(x.shape)}{reach}")
+    return ", ".join(told)
 
 
 def _retyped(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
