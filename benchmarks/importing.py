@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -171,13 +170,19 @@ def _row(model: Model, folder: Path) -> list[str]:
 def _large(path: str) -> None:
     """Time and peak memory of one import in a process of its own, beyond what the libraries take."""
     load(data_folder() / "models" / "onnx" / "ppocr_cls.onnx", input_shapes=[[0, 3, 48, 192]])  # imports everything
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = _memory("VmRSS")
     begun = time.perf_counter()
     load(path)
     seconds = time.perf_counter() - begun
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    grown = _memory("VmHWM") - before  # not getrusage, whose maximum includes what the parent process had
     size = os.path.getsize(path)
     print(f"{size / 1e6:.0f}|{seconds:.1f}|{grown / size:.2f}")
+
+
+def _memory(key: str) -> int:
+    """Bytes of this process: now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _large_row(folder: Path) -> list[str]:
