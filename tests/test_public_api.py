@@ -8,10 +8,21 @@ import torch
 from torch import nn
 
 import slimgraph
+from slimgraph import errors
 
 PUBLIC = [
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "ModelImportError",
+    "ModelLoadError",
+    "OutputError",
     "Program",
+    "ProgramError",
     "SlimgraphError",
+    "UnknownNameError",
     "__version__",
     "capture",
     "compare",
@@ -63,6 +74,12 @@ def test_a_module_that_was_not_captured_is_answered_with_how_to(call, tmp_path, 
     with pytest.raises(slimgraph.SlimgraphError, match=r"a Linear was given\. Capture a module first"):
         call(nn.Linear(4, 2), torch.zeros(1, 4))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_error_class_is_public():
+    classes = [name for name, value in vars(errors).items() if str(value).endswith("Error'>")]
+    assert set(classes) <= set(slimgraph.__all__)
+    assert all(getattr(slimgraph, name) is getattr(errors, name) for name in classes)
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():

@@ -7,7 +7,19 @@ if TYPE_CHECKING:
     from slimgraph.auto.pipeline import compress
     from slimgraph.deploy.compare import compare
     from slimgraph.deploy.latency import measure_latency
-    from slimgraph.errors import SlimgraphError
+    from slimgraph.errors import (
+        CalibrationError,
+        CaptureError,
+        ConfigError,
+        DataError,
+        ExportError,
+        ModelImportError,
+        ModelLoadError,
+        OutputError,
+        ProgramError,
+        SlimgraphError,
+        UnknownNameError,
+    )
     from slimgraph.formats import convert, load, save
     from slimgraph.program.capture import capture
     from slimgraph.program.program import Program
@@ -17,8 +29,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "ModelImportError",
+    "ModelLoadError",
+    "OutputError",
     "Program",
+    "ProgramError",
     "SlimgraphError",
+    "UnknownNameError",
     "__version__",
     "capture",
     "compare",
@@ -33,8 +55,18 @@ __all__ = [
 
 # Each is imported when it is first asked for: whoever only loads a model does not wait for ONNX Runtime or matplotlib.
 _HOMES = {
+    "CalibrationError": "slimgraph.errors",
+    "CaptureError": "slimgraph.errors",
+    "ConfigError": "slimgraph.errors",
+    "DataError": "slimgraph.errors",
+    "ExportError": "slimgraph.errors",
+    "ModelImportError": "slimgraph.errors",
+    "ModelLoadError": "slimgraph.errors",
+    "OutputError": "slimgraph.errors",
     "Program": "slimgraph.program.program",
+    "ProgramError": "slimgraph.errors",
     "SlimgraphError": "slimgraph.errors",
+    "UnknownNameError": "slimgraph.errors",
     "capture": "slimgraph.program.capture",
     "compare": "slimgraph.deploy.compare",
     "compress": "slimgraph.auto.pipeline",
