@@ -40,7 +40,7 @@ from slimgraph.errors import (
 )
 from slimgraph.program.archive import load_program
 from slimgraph.program.capture import capture
-from slimgraph.program.count import Count
+from slimgraph.program.count import Count, count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.program.signature import Signature, TensorSpec
 from slimgraph.quantization.plan import plan_quantization
@@ -435,9 +435,9 @@ def test_what_stays_in_float_is_told_by_reason(trained):
         plan_quantization(trained),
         kept_float={"a": "it was asked to", "b": "its weight is computed in the graph", "c": "it was asked to"},
     )
-    assert [notice.text for notice in placement_notices(plan)] == [
+    assert [notice.text for notice in placement_notices(plan, replace(rows, rows=renamed))] == [
         "2 layers stay in float: a, c, since it was asked to.",
-        "1 layer stays in float: b, since its weight is computed in the graph.",
+        "1 layer stays in float: b, since its weight is computed in the graph. It holds 25.0 % of the parameters.",
     ]
 
 
@@ -449,6 +449,8 @@ def test_what_is_not_counted_is_told():
 
 
 def test_layers_that_were_quantized_in_vain_and_a_slower_model_are_warnings(compressed):
+    rows = count(capture(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 9, bias=False)), torch.zeros(1, 3)))
+    renamed = tuple(replace(row, value=name) for row, name in zip(rows.rows, ("b", "other"), strict=True))
     kernels = count_kernels(compressed.files["model.onnx"])
     assert list(speed_notices(compressed.plan, kernels, summarize_pairs(ONCE, 0.5 * ONCE, threads=1, batch=1))) == []
     beside = replace(kernels, float_layers=(FloatLayer(name="product of two activations", kernel="MatMul"),))

@@ -20,6 +20,7 @@ from slimgraph.deploy.processor import Processor
 from slimgraph.deploy.targets import TARGETS, resolved_target, target_named
 from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
+from slimgraph.program.count import count
 from slimgraph.program.scheme import IntScheme
 from slimgraph.quantization.apply import apply_quantization, quantized_weight
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
@@ -72,7 +73,6 @@ def images():
     return [torch.randn(16, 3, 8, 8) for _ in range(4)]
 
 
-# Placement
 # Weights that are no numbers
 
 
@@ -99,6 +99,7 @@ def test_masks_may_be_infinite():
     require_finite(capture(Masked(), torch.zeros(1, 4)))
 
 
+# Placement
 
 
 def test_every_value_between_integer_operators_is_quantized(chain):
@@ -113,6 +114,34 @@ def test_a_layer_that_was_skipped_stays_float(chain):
     plan = plan_quantization(prepare(chain), skip=["conv2"])
     assert [w.value for w in plan.weights] == ["conv1", "fc"]
     assert "conv2" in plan.kept_float
+
+
+@pytest.mark.parametrize(("name", "layer", "operator"), [("Lstm", "lstm/lstm_0", "lstm"), ("Gru", "gru/gru_0", "gru")])
+def test_layers_with_weights_that_no_kernel_is_for_are_told(name, layer, operator):
+    program = prepare(captured(name))
+    plan = plan_quantization(program)
+    assert plan.kept_float == {layer: f"no {operator} is quantized for onnxruntime"}
+    assert layer in {row.value for row in count(program).rows}
+    assert f"{layer} stays float: no {operator} is quantized" in plan.table()
+
+
+def test_tables_and_products_with_weights_are_told_and_other_tensors_are_not():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm, self.fc = nn.Embedding(50, 8), nn.LayerNorm([4, 8]), nn.Linear(8, 3)
+            self.place = nn.Parameter(torch.zeros(1, 4, 8))
+            self.mix = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, ids):
+            return torch.mm(self.fc(self.norm(self.words(ids) + self.place)).mean(1), self.mix.t())
+
+    plan = plan_quantization(capture(Words(), torch.zeros(1, 4, dtype=torch.int64)))
+    assert plan.kept_float == {
+        "words": "no embedding is quantized for onnxruntime",
+        "mm_0": "no mm is quantized for onnxruntime",
+    }
+    assert [weight.value for weight in plan.weights] == ["fc"]
 
 
 def test_targets_differ_where_their_runtimes_do():

@@ -12,6 +12,7 @@ from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import MetricResult
 from slimgraph.report.headline import SAME_LATENCY
+from slimgraph.report.words import percent
 
 _NAMED = 8
 """Layers that a notice names; of more it gives the number."""
@@ -54,13 +55,17 @@ def tail_notices(tail: Tail | None) -> Iterator[Notice]:
         )
 
 
-def placement_notices(plan: QuantizationPlan) -> Iterator[Notice]:
-    """What stays in float, and why."""
+def placement_notices(plan: QuantizationPlan, counted: Count) -> Iterator[Notice]:
+    """What stays in float, why, and how much of the program it is; `counted` is that of the float program."""
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for name, reason in plan.kept_float.items():
         by_reason[reason].append(name)
     for reason, names in by_reason.items():
-        yield Notice(level="notice", text=f"{_layers(len(names))} in float: {_listed(names)}, since {reason}.")
+        held = sum(row.parameters for row in counted.rows if row.value in names)
+        share = f" They hold {percent(held / counted.parameters)} of the parameters." if held else ""
+        share = share.replace("They hold", "It holds") if len(names) == 1 else share
+        text = f"{_layers(len(names))} in float: {_listed(names)}, since {reason}.{share}"
+        yield Notice(level="notice", text=text)
 
 
 def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: LatencyComparison) -> Iterator[Notice]:

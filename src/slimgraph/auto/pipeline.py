@@ -33,6 +33,7 @@ from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError, DataError
 from slimgraph.program.archive import save_program
+from slimgraph.program.count import count
 from slimgraph.program.program import Program, require_program
 from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
 from slimgraph.quantization.quantize import (
@@ -64,6 +65,9 @@ class Compression:
     """What was done, with the ranges that were chosen."""
     files: Mapping[str, Path]
     """By name: `FILES`, and `model.onnx.data` where the weights do not fit into one ONNX file."""
+
+    def __repr__(self) -> str:
+        return f"Compression({self.report.headline.text!r}, files={', '.join(map(str, self.files.values()))})"
 
     @property
     def drop_exceeded(self) -> bool:
@@ -198,8 +202,8 @@ def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, th
     """Refuse what is wrong before any work is done."""
     require_program(program)
     require_float(program)
-    find_metric(metric)
     require_finite(program)
+    find_metric(metric)
     range_algorithm(algorithm)
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ConfigError(
@@ -296,7 +300,7 @@ def _measured(
 def _notices(program: Program, quantized: Quantization, found: Measurements, how: Judged) -> Iterator[Notice]:
     yield from metric_notices(found.metric, on_calibration_data=how.evaluation is None, limit=how.max_drop)
     yield from speed_notices(quantized.plan, found.kernels_after, found.latency)
-    yield from placement_notices(quantized.plan)
+    yield from placement_notices(quantized.plan, count(quantized.prepared))
     yield from capture_notices(program.history)
     yield from tail_notices(program.tail)
 

@@ -11,7 +11,8 @@ import slimgraph.deploy.targets as kinds
 from slimgraph.deploy.targets import Target, target_named
 from slimgraph.errors import ConfigError
 from slimgraph.program import edit
-from slimgraph.program.names import value_of
+from slimgraph.program.count import MAC_RULES
+from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Json, Program
 from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
@@ -26,6 +27,8 @@ from slimgraph.quantization.operators import (
     weight_of,
 )
 from slimgraph.table import text_table
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,7 @@ class QuantizationPlan:
     rectifiers: Mapping[str, float]
     """Activation functions that may be left out where the range performs them, with the value above which they cut."""
     kept_float: Mapping[str, str]
-    """Operators that could run in integers elsewhere but not here, and why."""
+    """Layers with weights, and operators that could run in integers elsewhere, that do not here, and why."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Lowest and highest real value, by the value that owns the range."""
 
@@ -224,9 +227,12 @@ class _Placement:
             self.kept_float[value_of(node)] = "it is one operator; `prepare` for this target spells it out"
             return False
         kind = kind_of(node)
-        if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
-            return False
         name = value_of(node)
+        if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
+            if _is_layer_with_weights(self.program, node):
+                none = f"no {operator_name(node.target)} is quantized for {self.target.name}"
+                self.kept_float[name] = "it was asked to" if name in self.skipped else none
+            return False
         if name in self.skipped:
             self.kept_float[name] = "it was asked to"
         elif kind not in self.target.anchors:
@@ -388,6 +394,24 @@ class _Placement:
             input=value_of(data_inputs(self.program, node)[0]),
             integer_bias=self.target.integer_bias,
         )
+
+
+_TABLES = (aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+
+
+def _is_layer_with_weights(program: Program, node: fx.Node) -> bool:
+    """Whether products with a stored matrix are computed here, or rows of one are looked up."""
+    if node.target not in MAC_RULES and node.target not in _TABLES:
+        return False
+    values = (child.meta.get("val") for child in node.all_input_nodes if _is_stored(program, child))
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1 for value in values)
+
+
+def _is_stored(program: Program, node: fx.Node) -> bool:
+    """Whether a value is a stored tensor, or made of nothing else: a transposed weight, for example."""
+    sources = node.all_input_nodes
+    computed = bool(sources) and all(_is_stored(program, source) for source in sources)
+    return computed or edit.constant_of(program.graph_module, node) is not None
 
 
 def _is_float32(node: fx.Node) -> bool:
