@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cli_runs import run
 from slimgraph.auto import pipeline
 from slimgraph.auto.given_data import first_samples
 from slimgraph.auto.notices import (
@@ -102,6 +103,15 @@ def test_four_files_are_written_and_nothing_else(compressed, folder):
     assert compressed.files == {name: folder / name for name in FILES}
 
 
+def test_results_print_as_one_short_line(compressed, folder):
+    assert repr(compressed).startswith(f"Compression({compressed.report.headline.text!r}, files=")
+    assert str(folder / "model.onnx") in repr(compressed)
+    program = compressed.program
+    assert repr(program).startswith(f"Program({program.signature}, {len(program.layers)} layers, ")
+    assert repr(program).endswith("parameters, last step quantize)")
+    assert len(repr(compressed)) < 1000
+
+
 def test_the_accuracy_told_is_that_of_the_file(compressed, trained):
     images, labels = labelled(EVALUATION, trained)
     right = scores_in_onnxruntime(compressed.files["model.onnx"], images).argmax(axis=1) == labels.numpy()
@@ -125,6 +135,14 @@ def test_the_program_reloads_with_its_result(compressed, trained):
     assert last.result["latency_ratio"] == compressed.report.latency.latency_ratio
     assert last.result["before"] == compressed.report.metric.before
     assert last.result["after"] == compressed.report.metric.after
+
+
+def test_the_history_tells_samples_of_calibration_from_those_of_the_evaluation(compressed, trained):
+    images, _ = labelled(EVALUATION, trained)
+    shown = run("inspect", compressed.files["model.pt2"]).stdout
+    done, measured = next(line for line in shown.splitlines() if line.startswith("  quantize: ")).split("; measured ")
+    assert "samples 128" in done
+    assert f"samples {len(images)}" in measured
 
 
 def test_report_and_files_agree(compressed):
@@ -401,6 +419,13 @@ def test_a_program_without_anything_to_quantize_is_refused(tmp_path):
         compress(program, [torch.zeros(2, 4)], out=tmp_path / "out")
 
 
+def test_a_weight_that_is_nan_is_refused_before_any_work(trained, tmp_path):
+    broken = trained.copy()
+    broken.state_dict()["conv2.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ProgramError, match=r"1 of 1152 numbers of 'conv2\.weight' are NaN"):
+        compress(broken, CALIBRATION, eval_data=EVALUATION, out=tmp_path / "out", dry_run=True)
+
+
 def test_a_program_that_is_quantized_already_is_refused(compressed, tmp_path):
     with pytest.raises(ProgramError, match="quantized already"):
         compress(compressed.program, CALIBRATION, out=tmp_path / "out")
@@ -410,13 +435,6 @@ def test_a_program_that_is_quantized_already_is_refused(compressed, tmp_path):
 
 
 def test_onnxruntime_is_the_variant_of_this_processor(trained, tmp_path, monkeypatch):
-def test_a_weight_that_is_nan_is_refused_before_any_work(trained, tmp_path):
-    broken = trained.copy()
-    broken.state_dict()["conv2.weight"][0, 0, 0, 0] = float("nan")
-    with pytest.raises(ProgramError, match=r"1 of 1152 numbers of 'conv2\.weight' are NaN"):
-        compress(broken, CALIBRATION, eval_data=EVALUATION, out=tmp_path / "out", dry_run=True)
-
-
     for features, target in ((("avx2",), "onnxruntime-avx2"), (("avx2", "avx_vnni"), "onnxruntime")):
         processor = Processor(name="", architecture="x86_64", features=features)
         monkeypatch.setattr(targets, "detect_processor", lambda processor=processor: processor)
@@ -431,6 +449,8 @@ def test_a_target_that_was_changed_or_is_not_measured_is_told():
 
 
 def test_what_stays_in_float_is_told_by_reason(trained):
+    rows = count(capture(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 9, bias=False)), torch.zeros(1, 3)))
+    renamed = tuple(replace(row, value=name) for row, name in zip(rows.rows, ("b", "other"), strict=True))
     plan = replace(
         plan_quantization(trained),
         kept_float={"a": "it was asked to", "b": "its weight is computed in the graph", "c": "it was asked to"},
@@ -449,8 +469,6 @@ def test_what_is_not_counted_is_told():
 
 
 def test_layers_that_were_quantized_in_vain_and_a_slower_model_are_warnings(compressed):
-    rows = count(capture(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 9, bias=False)), torch.zeros(1, 3)))
-    renamed = tuple(replace(row, value=name) for row, name in zip(rows.rows, ("b", "other"), strict=True))
     kernels = count_kernels(compressed.files["model.onnx"])
     assert list(speed_notices(compressed.plan, kernels, summarize_pairs(ONCE, 0.5 * ONCE, threads=1, batch=1))) == []
     beside = replace(kernels, float_layers=(FloatLayer(name="product of two activations", kernel="MatMul"),))

@@ -11,7 +11,7 @@ from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.options import Input, ModelArgument, Weights, allow_local_modules
 
 if TYPE_CHECKING:
-    from slimgraph.program.program import HistoryEntry, Program
+    from slimgraph.program.program import HistoryEntry, Json, Program
     from slimgraph.program.signature import Signature
 
 
@@ -148,10 +148,14 @@ def _operators(counts: Mapping[str, int]) -> str:
 
 def _step(entry: "HistoryEntry") -> str:
     """One line of the history; long lists are in the JSON."""
-    told = {**entry.parameters, **entry.result}
-    short = [
+    done, measured = _short(entry.parameters), _short(entry.result)
+    told = "; ".join([*([done] if done else []), *([f"measured {measured}"] if measured else [])])
+    return f"{entry.step}: {told}" if told else entry.step
+
+
+def _short(values: "Mapping[str, Json]") -> str:
+    return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in told.items()
+        for key, value in values.items()
         if isinstance(value, (bool, int, float, str))
-    ]
-    return f"{entry.step}: {', '.join(short)}" if short else entry.step
+    )
