@@ -108,7 +108,7 @@ def test_results_print_as_one_short_line(compressed, folder):
     assert str(folder / "model.onnx") in repr(compressed)
     program = compressed.program
     assert repr(program).startswith(f"Program({program.signature}, {len(program.layers)} layers, ")
-    assert repr(program).endswith("parameters, last step quantize)")
+    assert repr(program).endswith(f", {compressed.report.compressed.parameters:,} parameters, last step quantize)")
     assert len(repr(compressed)) < 1000
 
 

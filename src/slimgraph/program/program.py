@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimgraph.errors import DataError, ProgramError, UnknownNameError, closest
-from slimgraph.program.names import layer_of, values_of
+from slimgraph.program.names import layer_of, operator_name, values_of
 from slimgraph.program.signature import Signature
 from slimgraph.program.tail import Tail
 
@@ -54,6 +54,18 @@ class Program(nn.Module):
         """The post-processing of the model that this program was read from; exporting puts it back."""
         self.train(graph_module.training)
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        # Integer weights are buffers: what is taken back to real numbers counts as the parameter that it was.
+        stored = {
+            str(node.all_input_nodes[0].target)
+            for node in self.graph.nodes
+            if node.op == "call_function" and operator_name(node.target).startswith("dequantize")
+        }
+        buffers = (tensor for name, tensor in self.graph_module.named_buffers() if name in stored)
+        parameters = sum(tensor.numel() for tensor in (*self.graph_module.parameters(), *buffers))
+        last = f", last step {self.history[-1].step}" if self.history else ""
+        return f"Program({self.signature}, {len(self.layers)} layers, {parameters:,} parameters{last})"
 
     @property
     def graph(self) -> fx.Graph:
