@@ -58,7 +58,7 @@ def data_file():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compres", "m.pt2"], "Did you mean 'compress'"),
+        (["compres", "m.pt2"], "Did you mean 'compress'? `slimgraph --help`"),
         (["compress"], "'MODEL'"),
         (["evaluate", "m.pt2"], "'--data'"),
         (["bench", "m.onnx", "--threads", "0"], "--threads"),
@@ -372,6 +372,8 @@ def test_a_stream_that_fails_in_the_middle_leaves_nothing():
     ("options", "said"),
     [
         (["--target", "onnxruntme"], "Closest: onnxruntime"),
+        (["--target", "ort"], "Closest: onnxruntime, onnxruntime-avx2."),
+        (["--target", "zzz"], "Existing: mobile, onnxruntime, onnxruntime-avx2, openvino, simulate, tensorrt."),
         (["--metric", "top2"], "top1"),
         (["--metric", "no_such_module_anywhere:metric"], "no_such_module_anywhere"),
         (["--algorithm", "msee"], "Closest: mse"),

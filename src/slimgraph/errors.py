@@ -48,6 +48,16 @@ class OutputError(SlimgraphError):
     """A file or a directory could not be written."""
 
 
+_NEAR, _FAR = 0.6, 0.5
+"""Similarities as difflib counts them."""
+
+_SHORTEST = 2
+"""Letters that an abbreviation has at least."""
+
+_FEW = 12
+"""Names that are listed to the last when none is near."""
+
+
 def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
     """Sentence that offers the existing names nearest to a wrong one.
 
@@ -55,16 +65,28 @@ def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
     'Closest: conv1.'
     >>> closest("kl", ["KL", "hist"])
     'Closest: KL.'
+    >>> closest("ort", ["onnxruntime", "tensorrt"])
+    'Closest: onnxruntime.'
     >>> closest("zzz", ["conv1", "fc"])
     'Existing: conv1, fc.'
     """
     existing = sorted(set(names))
-    # A name in other letters (kl for KL) is the closest of all, and difflib would not find it.
+    # difflib would find neither a name in other letters (kl for KL) nor an abbreviation.
     matches = [other for other in existing if other.casefold() == name.casefold() and other != name]
-    matches = matches or get_close_matches(name, existing, n=limit, cutoff=0.5)
+    matches = matches or get_close_matches(name, existing, n=limit, cutoff=_NEAR)
+    matches = matches or [other for other in existing if _abbreviates(name.casefold(), other.casefold())][:limit]
+    matches = matches or get_close_matches(name, existing, n=limit, cutoff=_FAR)
     if matches:
         return f"Closest: {', '.join(matches)}."
     if not existing:
         return "None exists."
-    shown = ", ".join(existing[:limit])
-    return f"Existing: {shown}{', …' if len(existing) > limit else ''}."
+    shown = existing if len(existing) <= _FEW else [*existing[:limit], "…"]
+    return f"Existing: {', '.join(shown)}."
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    """Whether the letters of `short` come in `name` in their order, from its first on, or as they are: ort, runtime."""
+    if len(short) < _SHORTEST:
+        return False
+    letters = iter(name)
+    return short in name or (short[:1] == name[:1] and all(letter in letters for letter in short))

@@ -41,7 +41,8 @@ class _Commands(TyperGroup):
             context = getattr(error, "ctx", None)
             if message := error.format_message():  # there is none where the help was shown instead
                 command = context.command_path if context else "slimgraph"
-                report_error(f"{message.rstrip('.')}. `{command} --help` shows what can be given.")
+                ended = message if message.endswith(("?", ".")) else f"{message}."
+                report_error(f"{ended} `{command} --help` shows what can be given.")
             code = error.exit_code
         if standalone_mode:
             sys.exit(code)
