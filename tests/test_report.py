@@ -229,6 +229,26 @@ def test_the_numbers_of_the_accuracy_latency_picture():
     assert numbers.description == "Latency and accuracy: original 20 ms and 87.5 %; compressed 10 ms and 87.4 %."
 
 
+@pytest.mark.parametrize("times", [(20.0, 10.0), (10.0, 10.2), (10.0, 20.0)])
+@pytest.mark.parametrize("after", [0.866, 0.874, 0.875, 0.88])
+def test_labels_are_centred_on_their_own_dots_and_stand_apart(times, after):
+    report = sample_report(metric=accuracy(after=after), latency=latency(*times))
+    drawing = draw_accuracy_latency(accuracy_latency(report), name="x")
+    *_, original, compressed = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing)
+    heights = []
+    for word, (x, _) in (("original", original), ("compressed", compressed)):
+        (found,) = re.findall(rf'text-anchor: middle;[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>{word}<', drawing)
+        assert float(found[0]) == pytest.approx(float(x), abs=0.01)
+        heights.append(float(found[1]))
+    assert abs(heights[0] - heights[1]) > 12  # points; a line of text has 9
+
+
+@pytest.mark.parametrize(("interval", "told"), [((-0.004, 0.002), True), ((0.0, 0.0), False), (None, False)])
+def test_the_vertical_bar_is_explained_where_there_is_one(interval, told):
+    page = render_page(sample_report(metric=accuracy(after=0.875, change_interval=interval)))
+    assert ("vertical bar" in page) is told
+
+
 @pytest.mark.parametrize("gap", [{"metric": None}, {"latency": None}, {"metric": accuracy(after=math.nan)}])
 def test_without_accuracy_or_latency_there_is_no_such_picture(gap):
     report = sample_report(**gap)

@@ -39,6 +39,7 @@ class Picture:
 
     svg: Markup
     description: str
+    shows_interval: bool = False
 
 
 def _interval_text(metric: MetricResult, interval: tuple[float, float]) -> str:
@@ -132,7 +133,8 @@ def _plane(report: Report) -> Picture | None:
     numbers = accuracy_latency(report)
     if numbers is None:
         return None
-    return Picture(svg=Markup(draw_accuracy_latency(numbers, name="plane")), description=numbers.description)
+    svg = Markup(draw_accuracy_latency(numbers, name="plane"))
+    return Picture(svg=svg, description=numbers.description, shows_interval=numbers.shows_interval)
 
 
 def _range(index: int, histogram: ValueHistogram) -> Picture:

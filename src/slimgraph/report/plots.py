@@ -73,6 +73,24 @@ class AccuracyLatency:
     description: str
     """What the picture shows, in words, for those who cannot see it."""
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Ends of the vertical axis."""
+        heights = [self.before.metric, self.after.metric, *(self.after.interval or ())]
+        if self.lowest_allowed is not None:
+            heights.append(self.lowest_allowed)
+        spread = (max(heights) - min(heights)) or abs(heights[0]) * 0.01 or 0.01
+        return (min(heights) - 0.35 * spread, max(heights) + 0.35 * spread)
+
+    @property
+    def shows_interval(self) -> bool:
+        """Whether the interval is long enough to be seen behind the dot."""
+        if self.after.interval is None:
+            return False
+        low, high = self.limits
+        reach = max(abs(end - self.after.metric) for end in self.after.interval)
+        return reach > 0.04 * (high - low)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeHistogram:
@@ -175,10 +193,10 @@ def _svg(figure: Figure, name: str) -> str:
     return text.strip()
 
 
-def _dot(axes: Axes, point: Point, colour: str, scale: float) -> None:
+def _dot(axes: Axes, point: Point, interval: tuple[float, float] | None, colour: str, scale: float) -> None:
     heights = None
-    if point.interval is not None:
-        low, high = point.interval
+    if interval is not None:
+        low, high = interval
         heights = [[max(0.0, point.metric - low) * scale], [max(0.0, high - point.metric) * scale]]
     axes.errorbar(
         [point.latency_ms],
@@ -194,21 +212,20 @@ def _dot(axes: Axes, point: Point, colour: str, scale: float) -> None:
     )
 
 
-def _heights(numbers: AccuracyLatency) -> list[float]:
-    """Everything that the vertical axis has to show."""
-    heights = [numbers.before.metric, numbers.after.metric]
-    if numbers.lowest_allowed is not None:
-        heights.append(numbers.lowest_allowed)
-    for point in (numbers.before, numbers.after):
-        heights.extend(point.interval or ())
-    return heights
+def _beyond(numbers: AccuracyLatency, point: Point, *, above: bool, near: float) -> float:
+    """The height beyond which the label of a dot is free: of its own bar, of one that is `near`, and of the limit."""
+    after, low, high = numbers.after, *numbers.limits
+    ends = [point.metric]
+    if after.interval is not None and numbers.shows_interval and abs(after.latency_ms - point.latency_ms) < near:
+        ends += after.interval
+    end, limit = max(ends) if above else min(ends), numbers.lowest_allowed
+    return limit if limit is not None and not above and 0 <= end - limit < 0.12 * (high - low) else end
 
 
 def draw_accuracy_latency(numbers: AccuracyLatency, *, name: str) -> str:
     """SVG of both models in the plane of latency and accuracy, with the lowest metric that is allowed."""
     scale = 100.0 if numbers.in_percent else 1.0
     before, after = numbers.before, numbers.after
-    slower = after.latency_ms > before.latency_ms
     with _style(name):
         figure, axes = _figure(4.8, 3.2)
         axes.annotate(
@@ -217,38 +234,41 @@ def draw_accuracy_latency(numbers: AccuracyLatency, *, name: str) -> str:
             xy=(after.latency_ms, after.metric * scale),
             arrowprops={"arrowstyle": "->", "color": MUTED, "shrinkA": 7, "shrinkB": 7, "linewidth": 1},
         )
-        # The arrow joins the points between them; labels stand where it does not go, beside the error bar.
-        for label, point, colour, left, above in (
-            ("original", before, MUTED, not slower, before.metric >= after.metric),
-            ("compressed", after, ACCENT, slower, before.metric < after.metric),
+        interval = after.interval if numbers.shows_interval else None
+        right = 1.15 * max(before.latency_p90_ms, after.latency_p90_ms)
+        # One label stands above its dot and one below, where neither the arrow goes nor the other label stands.
+        for label, point, bar, colour, above in (
+            ("original", before, None, MUTED, before.metric >= after.metric),
+            ("compressed", after, interval, ACCENT, before.metric < after.metric),
         ):
-            _dot(axes, point, colour, scale)
+            _dot(axes, point, bar, colour, scale)
+            end = _beyond(numbers, point, above=above, near=0.15 * right)
             axes.annotate(
                 label,
-                (point.latency_ms, point.metric * scale),
-                xytext=(-7 if left else 7, 7 if above else -7),
+                (point.latency_ms, end * scale),
+                xytext=(0, 7 if above else -7),
                 textcoords="offset points",
-                ha="right" if left else "left",
+                ha="center" if point.latency_ms > 0.12 * right else "left",  # it would reach beyond the axis
                 va="bottom" if above else "top",
                 color=colour,
                 fontweight="bold",
             )
         if numbers.lowest_allowed is not None:
+            # Away from the label below, which may stand as low.
+            on_left = min(before, after, key=lambda point: point.metric).latency_ms > right / 2
             axes.axhline(numbers.lowest_allowed * scale, color=WARNING, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
                 "lowest allowed",
-                (0.02 if slower else 1, numbers.lowest_allowed * scale),
+                (0.02 if on_left else 1, numbers.lowest_allowed * scale),
                 xycoords=("axes fraction", "data"),
                 xytext=(0, -3),
                 textcoords="offset points",
-                ha="left" if slower else "right",
+                ha="left" if on_left else "right",
                 va="top",
                 color=WARNING,
             )
-        heights = _heights(numbers)
-        spread = (max(heights) - min(heights)) or abs(heights[0]) * 0.01 or 0.01
-        axes.set_ylim((min(heights) - 0.35 * spread) * scale, (max(heights) + 0.35 * spread) * scale)
-        axes.set_xlim(0, 1.15 * max(before.latency_p90_ms, after.latency_p90_ms))
+        axes.set_ylim(*(scale * end for end in numbers.limits))
+        axes.set_xlim(0, right)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.ticklabel_format(useOffset=False)
