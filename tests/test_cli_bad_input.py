@@ -145,6 +145,23 @@ def test_a_folder():
     assert "folder" in refusal("inspect", "folder.onnx")
 
 
+def test_a_folder_without_a_paddle_model():
+    Path("results").mkdir()
+    message = refusal("inspect", "results")
+    assert "has no Paddle model. Give a .pt2 file, an .onnx file," in message
+    assert "model_filename" not in message
+    Path("results/model.onnx").write_bytes(model_file("net.onnx").read_bytes())
+    assert "It holds results/model.onnx." in refusal("inspect", "results")
+
+
+def test_a_module_without_a_factory():
+    written("mynet", "")
+    assert "Give mynet:factory" in refusal("inspect", "mynet")
+    Path("nets").mkdir()
+    Path("nets/small.py").touch()
+    assert "Give nets.small:factory" in refusal("inspect", "nets.small")
+
+
 def test_options_of_a_factory_do_not_fit_a_file():
     assert "--input" in refusal("inspect", model_file("net.pt2"), "--input", "1,1,8,8")
     assert "--weights" in refusal("inspect", model_file("net.onnx"), "--weights", "w.safetensors")

@@ -18,6 +18,7 @@ from slimgraph.deploy.random_inputs import random_inputs
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.errors import ConfigError, ModelLoadError, closest
 from slimgraph.formats import load
+from slimgraph.importers.paddle.read import holds_model
 from slimgraph.importers.trace import InputShapes
 from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
@@ -145,6 +146,8 @@ def _opened(
         raise ModelLoadError(f"There is no file {text}. {_beside(path)}Give {_KINDS}.")
     if path.is_dir() and path.suffix.lower() in (".pt2", ".onnx"):
         raise ModelLoadError(f"{text} is a folder. Give {_KINDS}.")
+    if path.is_dir() and not holds_model(path):
+        raise ModelLoadError(f"The folder {text} has no Paddle model. {_within(path)}Give {_KINDS}.")
     if run_onnx and path.suffix.lower() == ".onnx":
         model = OnnxModel.open(path)
         model.signature = _with_sizes(model.signature, _shapes(inputs), text)
@@ -196,8 +199,19 @@ def _refusal(path: Path) -> str:
     if suffix in _OTHER_SUFFIXES:
         return f"{path} is not read as a model: {_OTHER_SUFFIXES[suffix]}."
     if not path.exists():
+        module = Path(*str(path).split(".")).with_suffix(".py")
+        if module.is_file():
+            return (
+                f"There is no model {path}, but source code, {module}. Give {path}:factory, by the factory's own name."
+            )
         return f"There is no model {path}. Give {_KINDS}."
     return f"{path} is not read as a model: nothing is known of {suffix or 'files without a suffix'}. Give {_KINDS}."
+
+
+def _within(folder: Path) -> str:
+    """The models in a folder, as a sentence; empty where there are none."""
+    names = sorted(str(file) for suffix in ("*.pt2", "*.onnx") for file in folder.glob(suffix))
+    return f"It holds {', '.join(names[:5])}{', …' if names[5:] else ''}. " if names else ""
 
 
 def _beside(path: Path) -> str:

@@ -34,6 +34,11 @@ def _is_model(path: Path) -> bool:
         return b'"base_code"' in file.read(_HEAD_BYTES)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a Paddle model lies in the folder, by the names of its files."""
+    return any(map(_is_model, folder.iterdir()))
+
+
 def _find_model(folder: Path, model_filename: str | None) -> Path:
     if model_filename is not None:
         path = folder / model_filename
@@ -46,11 +51,11 @@ def _find_model(folder: Path, model_filename: str | None) -> Path:
     if not found:
         raise ModelImportError(
             f"No Paddle model (*.pdmodel, *.json of Paddle 3, or {_OLD_MODEL}) is in {folder}: {_listing(folder)}. "
-            "Give model_filename where it has another name."
+            "Give a folder with one; where its file has another name, say it to slimgraph.load as model_filename."
         )
     raise ModelImportError(
-        f"{folder} has several Paddle models: {', '.join(path.name for path in found[:10])}. Say which by "
-        "model_filename, or give the path of the file."
+        f"{folder} has several Paddle models: {', '.join(path.name for path in found[:10])}. Say which: give the "
+        "path of its file, or model_filename to slimgraph.load."
     )
 
 
@@ -68,7 +73,8 @@ def _find_parameters(folder: Path, model: Path, params_filename: str | None) -> 
     if len(found) > 1:
         raise ModelImportError(
             f"{folder} has several parameter files, none named like the model {model.name}: "
-            f"{', '.join(path.name for path in found[:10])}. Say which by params_filename."
+            f"{', '.join(path.name for path in found[:10])}. Say which to "
+            "slimgraph.load, as params_filename, or give it the name of the model."
         )
     return found[0] if found else None
 
