@@ -459,6 +459,7 @@ def test_a_process_of_its_own_ends_the_same_way():
     script = Path(sys.executable).with_name("slimgraph")
     commands = [
         command_line("inspect", "missing.pt2"),
+        [sys.executable, "-m", "slimgraph", "inspect", "missing.pt2"],
         *([[script, "inspect", "missing.pt2"]] if script.exists() else []),
     ]
     for command in commands:
