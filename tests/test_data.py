@@ -514,6 +514,16 @@ def test_the_shared_pictures_are_the_same_as_by_plain_decoding():
     assert torch.equal(batch.labels, labels)
 
 
+@pytest.mark.parametrize("options", [{"mean": 0.5}, {"std": 0.5}, {"order": "BGR"}, {"image_size": 8}])
+def test_options_for_images_are_refused_where_there_are_none(tmp_path, options):
+    image = ImageOptions(**options)
+    path = save(tmp_path / "floats.npz", x=np.zeros((2, 3, 8, 8), np.float32))
+    with pytest.raises(DataError, match=r"floats\.npz holds numbers, not uint8 pictures.*mean, std"):
+        open_data(path, PICTURE, image=image)
+    assert len(open_data(path, PICTURE, image=ImageOptions())) == 2
+    assert len(open_data(save(tmp_path / "pixels.npz", x=noise(2, 3, 8, 8)), PICTURE, image=image)) == 2
+
+
 # Folders and lists
 
 

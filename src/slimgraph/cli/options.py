@@ -39,7 +39,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="An .npz, a folder of class folders of images, a list of `path label` lines, module:callable, or digits. "
+        help="An .npz, in which uint8 arrays of 1 or 3 channels are pictures, others numbers as the model takes "
+        "them; a folder of class folders of images; a list of `path label` lines; module:callable; or digits. "
         "data.npz[:256] takes the first 256 samples.",
     ),
 ]

@@ -77,7 +77,8 @@ def open_data(
         signature: what the program takes.
         batch_size: samples in a batch; the last may have fewer. A program with a fixed batch has its own, and so has a
             callable.
-        image: how pictures become numbers; plain arrays and the digits are numbers already.
+        image: how pictures become numbers. The digits and what a callable returns are numbers already; an `.npz` of
+            numbers is refused with it, unless it says nothing.
         limit: at most so many samples, after the suffix: drawn at random, in their old order; of a stream, the first.
         seed: of that draw.
 

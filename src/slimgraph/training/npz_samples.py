@@ -29,9 +29,15 @@ def open_npz(path: Path, signature: Signature, image: ImageOptions | None) -> Sa
         return _open_packed(archive, labels, PictureInput.of(signature, image, where=str(path)))
     arrays = {name: header for name, header in archive.headers.items() if name not in labels}
     single = _single_array(arrays, inputs)
+    holds_pictures = single is not None and picture_spec(signature) is not None and _holds_pixels(arrays[single])
+    if not holds_pictures and image not in (None, ImageOptions()):
+        raise DataError(
+            f"{path} holds numbers, not uint8 pictures, so that options for images do not apply: mean, std, order and "
+            f"sizes. Scale the numbers as in training when you store them, and leave these options out."
+        )
     if single is None:
         return _open_arrays(archive, {name: name for name in arrays}, labels, signature)
-    if picture_spec(signature) and _holds_pixels(arrays[single]):
+    if holds_pictures:
         return _open_pixels(archive, single, labels, PictureInput.of(signature, image, where=str(path)))
     return _open_arrays(archive, {inputs[0]: single}, labels, signature)
 
