@@ -316,7 +316,10 @@ def test_weights_that_are_missing_damaged_or_a_pickle():
         ({"image": np.where(np.arange(4)[:, None, None, None] == 2, np.nan, images(4))}, "NaN"),
         ({"image": images(0)}, "no sample"),
         ({"image": images(4), "label": np.arange(3)}, "label"),
-        ({"image": images(4), "label": np.full(4, 10)}, "0 to 9"),
+        (
+            {"image": images(4), "label": np.full(4, 10)},
+            "data.npz: sample 0 has label 10, but the program tells 10 classes apart",
+        ),
     ],
 )
 def test_data_that_do_not_fit(arrays, said):

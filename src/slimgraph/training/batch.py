@@ -78,8 +78,9 @@ def checked_labels(given: Any, count: int, signature: Signature, where: str) -> 
         wrong = ((labels < 0) | (labels >= classes)).nonzero()[:, 0].tolist()
         if wrong:
             raise DataError(
-                f"{where}: sample {wrong[0]} has label {int(labels[wrong[0]])}, but the program has {classes} outputs, "
-                f"so labels are 0 to {classes - 1}. {len(wrong)} of {count} labels are outside."
+                f"{where}: sample {wrong[0]} has label {int(labels[wrong[0]])}, but the program tells {classes} "
+                f"classes apart by its {classes} outputs, so labels are 0 to {classes - 1}. {len(wrong)} of {count} "
+                "labels are outside."
             )
     return labels
 
