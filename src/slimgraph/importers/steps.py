@@ -20,7 +20,10 @@ Preparation: TypeAlias = "Callable[[Step, Mapping[str, Tensor]], tuple[Step, dic
 EVERY = range(2**16)
 """For `Operator.weights`: constants are weights at every position."""
 
-MOST_ELEMENTS = 2**31
+MOST_AXES = 32
+"""Of one value. PyTorch takes minutes over a tensor of thousands."""
+
+MOST_ELEMENTS = 2**29
 """Of one value. A file can ask for more in a few bytes; no network that is trained has it."""
 
 _DEEPEST = 20
@@ -474,6 +477,8 @@ def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -
 def _check_size(call: Call, value: Value) -> None:
     if not isinstance(value, (Tensor, Host)):
         return
+    if isinstance(value, Tensor) and value.dim() > MOST_AXES:
+        raise call.error(f"its result would have {value.dim()} axes, more than the {MOST_AXES} that are allowed")
     elements = product([_hint(size) for size in (value.shape if isinstance(value, Tensor) else value.array.shape)])
     most = MOST_ELEMENTS if isinstance(value, Tensor) else LARGEST
     if elements > most:

@@ -1,5 +1,6 @@
 """Trace an interpreted graph into a program, with its first axis free wherever that is right."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ModelImportError, closest
-from slimgraph.importers.steps import MARK, Interpreted, UndecidableError
+from slimgraph.importers.steps import MARK, MOST_AXES, MOST_ELEMENTS, Interpreted, UndecidableError
 from slimgraph.program.differences import differences, finite
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import operator_name, set_names, unused, value_of
@@ -173,6 +174,12 @@ def _exported(interpreted: Interpreted, inputs: Sequence[Input], attempt: _Attem
         {axis: dims[name] for (owner, axis), name in attempt.free.items() if owner == i} or None
         for i in range(len(inputs))
     )
+    for spec, shape in zip(inputs, attempt.shapes, strict=True):
+        if len(shape) > MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) > MOST_ELEMENTS:
+            raise ModelImportError(
+                f"The input {spec.name!r} has the shape {list(spec.shape)[:MOST_AXES]}, which no tensor here can have: "
+                f"at most {MOST_AXES} axes and {MOST_ELEMENTS} elements."
+            )
     example = tuple(_example(spec.dtype, shape, 0) for spec, shape in zip(inputs, attempt.shapes, strict=True))
     try:
         with torch.no_grad(), warnings.catch_warnings():

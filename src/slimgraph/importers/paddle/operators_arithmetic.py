@@ -21,6 +21,8 @@ def _aligned(call: Call, a: Any, b: Any) -> tuple[Any, Any]:
     axis = call.int("axis", -1)
     if axis == -1 or a.ndim == b.ndim:
         return a, b
+    if not 0 <= axis <= abs(a.ndim - b.ndim):
+        raise call.error(f"its axis is {axis}, between tensors of {a.ndim} and {b.ndim} axes")
 
     def spread(small: Any, rank: int) -> Any:
         behind = rank - axis - small.ndim
