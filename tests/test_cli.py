@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cli_runs import answer, command_line, images, model_file, net, run, write_npz
 from onnx_models import Graph
+from paddle_models import linear_program, linear_tensors, write
 from slimgraph.cli import digits_network
 from slimgraph.cli.command import plain
 from slimgraph.cli.main import app
@@ -468,3 +469,29 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(module, tmp_path):
     assert "Interrupted." in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "o").exists()
+
+
+# --- files of other tools ---
+
+
+def test_an_onnx_file_is_compressed_and_converted(tmp_path):
+    data = write_npz(tmp_path / "data.npz", image=images(16))
+    found = answer("compress", model_file("net.onnx"), "--data", data, "--max-drop", "1", "--out", "o")
+    assert sorted(found["files"]) == ["model.onnx", "model.pt2", "report.html", "report.json"]
+    assert answer("inspect", "o/model.pt2")["history"][0]["step"] == "import_onnx"
+    answer("convert", model_file("net.onnx"), "again.pt2")
+    answer("convert", model_file("net.onnx"), "again.onnx")
+    for name in ("again.pt2", "again.onnx"):
+        answer("verify", model_file("net.pt2"), name, "--data", data, "--tolerance", "1e-5")
+
+
+def test_a_paddle_model_is_inspected_converted_and_verified(tmp_path):
+    folder = tmp_path / "paddle"
+    folder.mkdir()
+    write(folder, linear_program(), linear_tensors())
+    assert answer("inspect", folder)["history"][0]["step"] == "import_paddle"
+    answer("convert", folder, "out.onnx")
+    answer("convert", folder, "out.pt2")
+    data = write_npz(tmp_path / "data.npz", x=np.ones((4, 4), np.float32))
+    for name in ("out.onnx", "out.pt2"):
+        answer("verify", folder, name, "--data", data, "--tolerance", "1e-6")
