@@ -657,3 +657,18 @@ def test_a_signed_neighbour_in_a_concatenation_does_not_keep_a_relu_alive(tmp_pa
     export_onnx(quantized, tmp_path / "model.onnx")
     count = count_kernels(tmp_path / "model.onnx")
     assert (count.convolutions_integer, count.convolutions_float) == (3, 0)
+
+
+def test_an_index_beyond_a_table_is_told_with_its_batch():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+        def forward(self, ids):
+            return self.fc(self.table(ids).mean(1))
+
+    program = capture(Words(), torch.zeros(2, 3, dtype=torch.long))
+    batches = [torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), 12)]
+    with pytest.raises(DataError, match="Calibration batch 1 cannot be run by the program: index out of range"):
+        quantize(program, calibration=batches)

@@ -2,16 +2,12 @@
 
 import math
 import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypedDict, Unpack, overload
-
-import torch
-from torch import Tensor
 
 from slimgraph.auto.account import report_of, with_result
 from slimgraph.auto.given_data import Data, open_given
@@ -31,7 +27,7 @@ from slimgraph.deploy.onnx import add_tail, export_onnx
 from slimgraph.deploy.onnx_tail import check_stitched
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
-from slimgraph.errors import ConfigError, DataError
+from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.count import count
 from slimgraph.program.program import Program, require_program
@@ -237,35 +233,15 @@ def _try_out(
 def _quantized(
     original: Program, plan: QuantizationPlan, calibration: DataSource, algorithm: str, say: Progress
 ) -> Quantization:
-    read = 0
-
-    def inputs() -> Iterator[dict[str, Tensor]]:
-        nonlocal read
-        for batch in calibration:
-            yield batch.inputs
-            read += 1
-
-    try:
-        return quantize_with_record(
-            original,
-            plan,
-            inputs(),
-            algorithm=algorithm,
-            histograms=True,  # the report shows them
-            progress=lambda seen: say("Calibrating", seen, calibration.samples),
-            stage=lambda name: say(name, 0, None),
-        )
-    except IndexError as error:  # a row that a table has not got, asked for by the contents of the batch
-        if not _is_of_torch(error):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"Calibration batch {read} cannot be run by the program: {reason}.") from error
-
-
-def _is_of_torch(error: Exception) -> bool:
-    """Whether an operator raised this."""
-    *_, innermost = traceback.extract_tb(error.__traceback__)
-    return Path(innermost.filename).is_relative_to(Path(torch.__file__).parent)
+    return quantize_with_record(
+        original,
+        plan,
+        (batch.inputs for batch in calibration),
+        algorithm=algorithm,
+        histograms=True,  # the report shows them
+        progress=lambda seen: say("Calibrating", seen, calibration.samples),
+        stage=lambda name: say(name, 0, None),
+    )
 
 
 def _measured(

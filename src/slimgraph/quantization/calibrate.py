@@ -66,8 +66,12 @@ def collect_statistics(
             for index, batch in enumerate(batches):
                 bound = program.signature.bind(batch, where=f"Calibration batch {index}")
                 _reject_not_finite(bound, index)
-                for part in in_parts(program, bound):
-                    interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
+                try:
+                    for part in in_parts(program, bound):
+                        interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
+                except IndexError as error:  # a row that a table has not got, asked for by the contents of the inputs
+                    reason = str(error).partition("\n")[0]
+                    raise DataError(f"Calibration batch {index} cannot be run by the program: {reason}.") from error
                 seen += len(next(iter(bound.values())))
                 if progress is not None:
                     progress(seen)
