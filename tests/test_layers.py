@@ -15,6 +15,7 @@ MODULES = sorted(SOURCE.glob("slimgraph/**/*.py"))
 
 # A unit is a folder or a file directly under slimgraph. It imports from itself and from the lines below its own.
 ORDER = (
+    {"__main__"},
     {"cli"},
     {"slimgraph"},  # the package's own __init__, which is the public surface and may import whatever it offers
     {"classification"},

@@ -50,8 +50,8 @@ def require_float(program: Program) -> None:
 def require_finite(program: Program) -> None:
     """Return if every weight is a number: a layer with one NaN or infinity answers nothing else.
 
-    An infinity is allowed where it is meant, as in a mask: in a buffer that is not the statistics of a batch norm, or
-    among nothing but zeros.
+    They are allowed where they may be meant, as in a mask: in a buffer that is not the statistics of a batch norm, and
+    infinities among nothing but zeros.
 
     Raises:
         ProgramError: one is not; the message names it.
@@ -62,9 +62,8 @@ def require_finite(program: Program) -> None:
         if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
             continue
         is_statistics = any(operator_name(user.target) == "batch_norm" for user in node.users)
-        only_zeros = not bool(tensor[tensor.isfinite()].any())
-        is_mask = not is_statistics and (node.target not in parameters or only_zeros)
-        if bool(tensor.isnan().any()) or not is_mask:
+        only_zeros = not bool(tensor.isnan().any() or tensor[tensor.isfinite()].any())
+        if is_statistics or (node.target in parameters and not only_zeros):
             wrong = tensor.numel() - int(tensor.isfinite().sum())
             raise ProgramError(
                 f"{wrong} of {tensor.numel()} numbers of {str(node.target)!r} are NaN or infinite, so that the program "
