@@ -205,3 +205,26 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path):
     huge = np.array([2**20, 2**20, 4], np.int64)
     with pytest.raises(ModelImportError, match="more than the"):
         import_onnx(written(graph(nodes, [("x", [1, 1, 4])], ["y"], [("shape", huge)]), tmp_path))
+
+
+def test_a_layer_with_one_output_keeps_its_bias_a_parameter_and_an_epsilon_stays_a_number(tmp_path):
+    arrays = {"w": np.ones((1, 4), np.float32), "b": np.ones(1, np.float32), "eps": np.full(1, 1e-3, np.float32)}
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1),
+        onnx.helper.make_node("Add", ["h", "eps"], ["y"]),
+    ]
+    program = import_onnx(written(graph(nodes, [("x", ["N", 4])], ["y"], arrays.items()), tmp_path))
+    assert {name for name, _ in program.named_parameters()} == {"w", "b"}
+
+
+def test_absurd_powers_and_axes_that_are_not_one_are_refused(tmp_path):
+    power = [
+        onnx.helper.make_node("Pow", ["nine", "much"], ["n"]),
+        onnx.helper.make_node("Expand", ["x", "n"], ["y"]),
+    ]
+    stored = [("nine", np.array([9], np.int64)), ("much", np.array([10**10], np.int64))]
+    with pytest.raises(ModelImportError, match="is no size"):
+        import_onnx(written(graph(power, [("x", [1, 4])], ["y"], stored), tmp_path))
+    squeeze = [onnx.helper.make_node("Squeeze", ["x", "axes"], ["y"])]
+    with pytest.raises(ModelImportError, match="removes axis 1, which has the size 3"):
+        import_onnx(written(graph(squeeze, [("x", [2, 3])], ["y"], [("axes", np.array([1], np.int64))]), tmp_path))

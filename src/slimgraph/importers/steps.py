@@ -256,7 +256,9 @@ class Interpreted(nn.Module):
         """What was asked for of these, as numbers."""
         self._floating = {name for name, t in tensors.items() if t.is_floating_point()}
         self._paths: dict[str, str] = {}
-        self._paths |= store(self, {name: t for name, t in tensors.items() if name in self.read}, _trained(self.steps))
+        self._paths |= store(
+            self, {name: t for name, t in tensors.items() if name in self.read}, _trained(self.steps, tensors)
+        )
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Outputs by name."""
@@ -297,7 +299,16 @@ class Interpreted(nn.Module):
                 raise call.undecidable(
                     "it works on sizes only, and gets values that are known only when the model runs"
                 )
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError, ZeroDivisionError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            ZeroDivisionError,
+            MemoryError,
+        ) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelImportError(f"{describe(step)} cannot be imported: {reason}") from error
         results = list(result) if isinstance(result, tuple) else [result]
@@ -412,13 +423,19 @@ def _last_reads(steps: Sequence[Step], kept: Collection[str]) -> list[list[str]]
     return last[::-1]
 
 
-def _trained(steps: Sequence[Step]) -> set[str]:
-    """Values that are weights of all the steps that read them."""
-    weights, others = set[str](), set[str]()
+def _trained(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Tensors that are weights of all the steps that read them.
+
+    One number is a weight only to a layer: in arithmetic it is an epsilon or a scale.
+    """
+    weights, others, of_layers = set[str](), set[str](), set[str]()
     for step in every(steps):
         for index, name in enumerate(step.inputs):
-            (weights if index in step.operator.weights else others).add(name)
-    return weights - others
+            is_weight = index in step.operator.weights
+            (weights if is_weight else others).add(name)
+            if is_weight and step.operator.weights is not EVERY:
+                of_layers.add(name)
+    return {name for name in weights - others if name in tensors and (tensors[name].numel() > 1 or name in of_layers)}
 
 
 def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tuple[Step, ...], dict[str, Tensor]]:
@@ -468,7 +485,7 @@ def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -
         while path in levels or path in taken:
             path += "_"
         taken.add(path)
-        is_weight = name in trained and tensor.is_floating_point() and tensor.numel() > 1
+        is_weight = name in trained and tensor.is_floating_point()
         put(module, path, nn.Parameter(tensor) if is_weight else tensor)
         paths[name] = path
     return paths

@@ -61,6 +61,12 @@ def _divide_known(a: Any, b: Any) -> Any:
     return a // b
 
 
+def _power_known(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int) and abs(b) > 64:  # Python's integers have no end
+        raise OverflowError(f"{a} to the power of {b} is no size")
+    return a**b
+
+
 def _modulo(call: Call, a: Any, b: Any) -> Tensor:
     result: Tensor = torch.fmod(a, b) if call.int("fmod", 0) else torch.remainder(a, b)
     return result
@@ -148,7 +154,7 @@ def _clip(call: Call, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         bounds = [b.to(x) if isinstance(b, Tensor) else None if b is None else x.new_tensor(b) for b in (low, high)]
         return torch.clamp(x, *bounds)
-    if (low, high) == (0.0, 6.0):
+    if (low, high) == (0.0, 6.0) and x.is_floating_point():
         return torch.nn.functional.relu6(x)
     if low == 0.0 and (high is None or high >= torch.finfo(torch.float32).max) and x.is_floating_point():
         return torch.relu(x)
@@ -180,7 +186,7 @@ OPERATORS: dict[str, Operator] = {
     "Mul": _binary(torch.mul, operator.mul),
     "Div": _binary(_divide, _divide_known),
     "Pow": _binary(
-        lambda a, b: torch.pow(a, b).to(a.dtype) if isinstance(a, Tensor) else torch.pow(a, b), operator.pow
+        lambda a, b: torch.pow(a, b).to(a.dtype) if isinstance(a, Tensor) else torch.pow(a, b), _power_known
     ),
     "Mod": Operator(run=_modulo, host=_modulo_known),
     "Max": _variadic(torch.maximum, torch.sym_max),

@@ -80,6 +80,8 @@ def _squeeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
     for axis in chosen:
         if not isinstance(x.shape[axis], int) and call.module.baked:
             raise call.error(f"it removes axis {axis}, which counts samples")
+        if isinstance(x.shape[axis], int) and x.shape[axis] != 1:
+            raise call.error(f"it removes axis {axis}, which has the size {x.shape[axis]}")
     return torch.squeeze(x, chosen)
 
 
