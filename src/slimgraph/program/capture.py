@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from slimgraph.errors import CaptureError, ConfigError, closest
-from slimgraph.program.differences import differences, finite
+from slimgraph.program.differences import largest_difference
 from slimgraph.program.flatten import flatten, key_name
 from slimgraph.program.names import name_captured_graph, operator_name
 from slimgraph.program.program import HistoryEntry, Json, Program
@@ -323,9 +323,7 @@ def _compare(program: Program, module: nn.Module, call: _Call) -> None:
     for spec, wanted, found in zip(program.signature.outputs, expected, got, strict=True):
         if wanted.shape != found.shape:
             raise CaptureError(f"Output {spec.name!r} has shape {list(found.shape)} instead of {list(wanted.shape)}.")
-        apart, values = differences(wanted, found), finite(wanted)
-        difference = apart.max().item() if apart.numel() else 0.0
-        reach = values.abs().max().item() if values.numel() else 0.0
+        difference, reach = largest_difference(wanted, found)
         if not difference <= 1e-3 * reach + 1e-6:  # NaN where only one of them has it
             raise CaptureError(
                 f"Output {spec.name!r} of the captured program differs from the module's by {difference:.3g} "

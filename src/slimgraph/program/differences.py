@@ -17,3 +17,9 @@ def finite(values: Tensor) -> Tensor:
     """The values that are neither NaN nor infinite, in float64, flat: an infinite one would make any limit infinite."""
     wide = values.double()
     return wide[wide.isfinite()]
+
+
+def largest_difference(expected: Tensor, got: Tensor) -> tuple[float, float]:
+    """The largest of the `differences`, and the largest absolute value that was expected; 0 where there is none."""
+    apart, values = differences(expected, got), finite(expected)
+    return apart.max().item() if apart.numel() else 0.0, values.abs().max().item() if values.numel() else 0.0

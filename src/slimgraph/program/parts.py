@@ -33,11 +33,12 @@ def _samples_at_once(program: Program) -> int:
     values = [node.meta.get("val") for node in program.graph.nodes if node.op != "get_attr"]
     tensors = [value for value in values if isinstance(value, Tensor)]
     samples = program.signature.example_sizes.get(program.signature.batch_axis or "", 1)
-    largest = max((_hinted_bytes(tensor) for tensor in tensors), default=1)
+    largest = max((hinted_elements(tensor) * tensor.element_size() for tensor in tensors), default=1)
     return max(1, _LARGEST_VALUE_BYTES * samples // max(largest, 1))
 
 
-def _hinted_bytes(tensor: Tensor) -> int:
+def hinted_elements(tensor: Tensor) -> int:
+    """Elements of a traced tensor, with the sizes of the example on its free axes."""
     sizes: list[Any] = list(tensor.shape)
     elements: int = math.prod(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes)
-    return elements * tensor.element_size()
+    return elements

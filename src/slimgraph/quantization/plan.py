@@ -13,6 +13,7 @@ from slimgraph.errors import ConfigError
 from slimgraph.program import edit
 from slimgraph.program.count import MAC_RULES
 from slimgraph.program.names import operator_name, value_of
+from slimgraph.program.parts import hinted_elements
 from slimgraph.program.program import Json, Program
 from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
@@ -283,10 +284,10 @@ class _Placement:
             return
         ready = [source for source in sources if self._is_ready(source)]
         # A gate (squeeze-excite) is small: quantizing it lets the large side stay integer. Two large float sides stay.
-        large = max(_elements(source) for source in sources)
+        large = max(hinted_elements(source.meta["val"]) for source in sources)
         if len(ready) < len(sources) and not (
             kind == kinds.MULTIPLY
-            and any(_elements(source) == large for source in ready)
+            and any(hinted_elements(source.meta["val"]) == large for source in ready)
             and self._feeds_integers(node)
         ):
             return
@@ -419,11 +420,3 @@ def _is_float32(node: fx.Node) -> bool:
     if isinstance(value, (tuple, list)):
         return all(isinstance(item, torch.Tensor) and item.dtype == torch.float32 for item in value)
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
-
-
-def _elements(node: fx.Node) -> int:
-    value = node.meta["val"]
-    count = 1
-    for size in value.shape:
-        count *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-    return count
