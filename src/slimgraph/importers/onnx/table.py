@@ -23,30 +23,33 @@ from slimgraph.importers.onnx import (
     sequence,
     shape,
     signals,
+    unsigned,
 )
 from slimgraph.importers.onnx.graph import Graph, Node
 from slimgraph.importers.steps import Body, Operator, Step
 
 OPERATORS: Mapping[str, Mapping[str, Operator]] = {
-    "": {
-        **arithmetic.OPERATORS,
-        **activation.OPERATORS,
-        **convolution.OPERATORS,
-        **shape.OPERATORS,
-        **normalization.OPERATORS,
-        **reduction.OPERATORS,
-        **indexing.OPERATORS,
-        **resize.OPERATORS,
-        **sampling.OPERATORS,
-        **signals.OPERATORS,
-        **losses.OPERATORS,
-        **control.OPERATORS,
-        **recurrent.OPERATORS,
-        **attention.OPERATORS,
-        **sequence.OPERATORS,
-        **quantized.OPERATORS,
-        **contrib.STANDARD,
-    },
+    "": unsigned.widened(
+        {
+            **arithmetic.OPERATORS,
+            **activation.OPERATORS,
+            **convolution.OPERATORS,
+            **shape.OPERATORS,
+            **normalization.OPERATORS,
+            **reduction.OPERATORS,
+            **indexing.OPERATORS,
+            **resize.OPERATORS,
+            **sampling.OPERATORS,
+            **signals.OPERATORS,
+            **losses.OPERATORS,
+            **control.OPERATORS,
+            **recurrent.OPERATORS,
+            **attention.OPERATORS,
+            **sequence.OPERATORS,
+            **quantized.OPERATORS,
+            **contrib.STANDARD,
+        }
+    ),
     "com.microsoft": contrib.OPERATORS,
     "ai.onnx.preview": attention.PREVIEW,
 }
