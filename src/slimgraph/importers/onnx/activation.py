@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimgraph.importers.host import Host
 from slimgraph.importers.steps import Call, Operator
 
 
@@ -14,6 +16,17 @@ def _plain(function: Callable[[Tensor], Tensor]) -> Operator:
         return function(x)
 
     return Operator(run=run)
+
+
+def _relu(call: Call, x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+def _relu_known(call: Call, x: Host) -> Host:
+    """In the function that ONNX says Range is, it keeps a number of turns from falling below zero."""
+    return Host(
+        np.asarray(np.frompyfunc(lambda number: torch.sym_max(number, 0), 1, 1)(x.array), dtype=object), x.dtype
+    )
 
 
 def _flat(function: Callable[[Tensor, int], Tensor]) -> Callable[[Call, Tensor], Tensor]:
@@ -96,7 +109,7 @@ def _dropout(call: Call, x: Tensor, ratio: object = None, training: object = Non
 
 
 OPERATORS: dict[str, Operator] = {
-    "Relu": _plain(torch.relu),
+    "Relu": Operator(run=_relu, host=_relu_known),
     "Sigmoid": _plain(torch.sigmoid),
     "Tanh": _plain(torch.tanh),
     "Softplus": _plain(F.softplus),

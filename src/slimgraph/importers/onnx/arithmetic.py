@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slimgraph.importers.host import Host
-from slimgraph.importers.onnx.types import torch_type
+from slimgraph.importers.onnx.tensors import type_name
+from slimgraph.importers.onnx.types import BITS, torch_type
 from slimgraph.importers.steps import EVERY, Call, Operator
 
 
@@ -103,10 +104,16 @@ def _mean(call: Call, first: Tensor, *rest: Tensor) -> Tensor:
 
 
 def _cast(call: Call, x: Tensor) -> Tensor:
-    return _converted(call, x, torch_type(call, call.int("to", onnx.TensorProto.FLOAT)))
+    number = call.int("to", onnx.TensorProto.FLOAT)
+    return _converted(call, x, torch_type(call, number), type_name(number))
 
 
-def _converted(call: Call, x: Tensor, wanted: torch.dtype) -> Tensor:
+def _converted(call: Call, x: Tensor, wanted: torch.dtype, name: str) -> Tensor:
+    """x in another type; the name is ONNX's, which tells integers below eight bits."""
+    if name in BITS:
+        return _narrowed(x, wanted, BITS[name])
+    if wanted == torch.float8_e8m0fnu:
+        return _to_powers_of_two(call, x)
     if wanted.itemsize > 1 or not wanted.is_floating_point or x.dtype == wanted:
         return x if x.dtype == wanted else x.to(wanted)
     most = torch.finfo(wanted).max
@@ -119,8 +126,31 @@ def _converted(call: Call, x: Tensor, wanted: torch.dtype) -> Tensor:
     return torch.where(wide.abs() > most + half_a_step, torch.copysign(torch.tensor(beyond), wide), wide).to(wanted)
 
 
-def _cast_known(call: Call, x: Host) -> Host:
-    wanted = torch_type(call, call.int("to", onnx.TensorProto.FLOAT))
+def _narrowed(x: Tensor, wanted: torch.dtype, bits: int) -> Tensor:
+    """The lowest bits of integers, with the highest of them as the sign."""
+    lowest = x.to(torch.int32) & (2**bits - 1)
+    sign = 2 ** (bits - 1) if wanted == torch.int8 else 0
+    return ((lowest ^ sign) - sign).to(wanted)
+
+
+def _to_powers_of_two(call: Call, x: Tensor) -> Tensor:
+    """The exponents of float32, rounded; NaN and infinity are NaN."""
+    mode = call.text("round_mode", "up")
+    if mode not in ("up", "down", "nearest"):
+        raise call.error(f"its round_mode is {mode!r}; known are up, down and nearest")
+    bits = x.float().view(torch.int32)
+    exponent, fraction = (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    least = {"up": 1, "nearest": 2**22, "down": 2**23}[mode]
+    rounded = exponent + (fraction >= least)
+    rounded = rounded.clamp(max=254) if call.int("saturate", 1) else rounded
+    return torch.where(exponent == 255, exponent, rounded).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _cast_known(call: Call, x: Host) -> Host | Tensor:
+    number = call.int("to", onnx.TensorProto.FLOAT)
+    wanted = torch_type(call, number)
+    if type_name(number) in BITS:
+        return _cast(call, x.tensor())
     convert: Callable[[Any], Any] = lambda number: number  # noqa: E731
     if wanted == torch.bool:
         convert = bool
@@ -133,9 +163,10 @@ def _cast_known(call: Call, x: Host) -> Host:
 
 def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor | Host:
     known = call.module.host(call.step.inputs[0], call.values)
-    if known is not None and known.array.size == 1 and x.is_floating_point() == like.is_floating_point():
+    alike = x.is_floating_point() == like.is_floating_point() and call.step.types[1] not in BITS
+    if known is not None and known.array.size == 1 and alike:
         return Host(known.array, like.dtype)  # a number stays known: a padding may ask for it
-    return _converted(call, x, like.dtype)
+    return _converted(call, x, like.dtype, call.step.types[1])
 
 
 def _bit_cast(call: Call, x: Tensor) -> Tensor:

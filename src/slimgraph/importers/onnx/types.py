@@ -23,10 +23,16 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
     onnx.TensorProto.FLOAT8E5M2: torch.float8_e5m2,
     onnx.TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
+    onnx.TensorProto.FLOAT8E8M0: torch.float8_e8m0fnu,
     onnx.TensorProto.INT4: torch.int8,
     onnx.TensorProto.UINT4: torch.uint8,
+    onnx.TensorProto.INT2: torch.int8,
+    onnx.TensorProto.UINT2: torch.uint8,
 }
-"""4-bit integers are unpacked into eight bits."""
+"""Integers below eight bits are unpacked into eight."""
+
+BITS: dict[str, int] = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+"""Of each integer type that is unpacked."""
 
 
 def torch_type(call: Call, number: int) -> torch.dtype:
