@@ -16,7 +16,7 @@ from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias
-from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 from slimgraph.training.evaluate import evaluate, paired_difference

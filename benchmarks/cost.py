@@ -53,7 +53,7 @@ def _observing() -> str:
     from parts.networks import MOBILENET_V1
 
     from slimgraph.quantization.calibrate import collect_statistics, values_to_observe
-    from slimgraph.quantization.plan import plan_quantization
+    from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.quantize import prepare
 
     program = MOBILENET_V1.program()

@@ -10,7 +10,7 @@ from torch import nn
 import slimgraph
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 
 torch.manual_seed(0)

@@ -44,7 +44,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.program.signature import Signature, TensorSpec
-from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.placement import plan_quantization
 from slimgraph.training.data import Batch, open_data
 
 ONCE = np.array([0.001])

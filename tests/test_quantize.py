@@ -19,13 +19,15 @@ from slimgraph.deploy.onnx import export_onnx, to_onnx
 from slimgraph.deploy.processor import Processor
 from slimgraph.deploy.targets import TARGETS, resolved_target, target_named
 from slimgraph.errors import CalibrationError, ConfigError, DataError, ExportError, ProgramError, UnknownNameError
+from slimgraph.program import scheme as scheme_module
 from slimgraph.program.capture import capture
 from slimgraph.program.count import count
 from slimgraph.program.scheme import IntScheme
-from slimgraph.quantization.apply import apply_quantization, quantized_weight
+from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias, correct_weight
-from slimgraph.quantization.plan import plan_quantization
+from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.plan import plan_from_json
 from slimgraph.quantization.quantize import prepare, quantize, quantize_with_record, require_finite
 
 
@@ -276,17 +278,46 @@ def test_wrong_requests_are_refused_with_the_closest_names(chain):
         plan_quantization(chain, weight_bits=16)
 
 
-def test_a_plan_is_json(chain):
-    read = json.loads(plan_quantization(prepare(chain)).to_json())
-    assert [w["value"] for w in read["weights"]] == ["conv1", "conv2", "fc"]
+def test_a_plan_is_json_and_is_read_back(chain):
+    plan = plan_quantization(prepare(chain))
+    assert [w["value"] for w in json.loads(plan.to_json())["weights"]] == ["conv1", "conv2", "fc"]
+    assert plan_from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"target"', '"taget"', "target"),
+        ('"bits": 8', '"bits": 99', "bits is 99"),
+        ('"everywhere": true', '"everywhere": "yes"', r"activations\.\d+\.everywhere"),
+    ],
+)
+def test_a_plan_that_was_tampered_with_is_refused(chain, old, new, said):
+    text = plan_quantization(prepare(chain)).to_json().replace(old, new, 1)
+    with pytest.raises(ConfigError, match=said):
+        plan_from_json(text)
 
 
 # Integers
 
 
+def rounded(weight, scheme):
+    scale = weight_scale(weight, scheme)
+    return scheme_module.quantize(weight, scale, torch.zeros_like(scale, dtype=torch.int32), scheme), scale
+
+
+def test_a_grid_that_a_plan_states_takes_the_place_of_the_largest_weight(chain, images):
+    prepared = prepare(chain)
+    plan = plan_quantization(prepared)
+    plan = choose_ranges(plan, collect_statistics(prepared, plan.range_owners, images))
+    plan = dataclasses.replace(plan, weight_reach={"fc": tuple([2.54] * len(chain.state_dict()["fc.weight"]))})
+    scales = apply_quantization(prepared, plan).state_dict()["fc.weight_scale"]
+    assert scales.tolist() == pytest.approx([0.02] * len(scales))
+
+
 def test_weights_are_rounded_to_the_grid_of_their_channel():
     weight = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
-    codes, scale = quantized_weight(weight, IntScheme(narrow=True, axis=0))
+    codes, scale = rounded(weight, IntScheme(narrow=True, axis=0))
     assert scale.tolist() == pytest.approx([2 / 127, 0.5 / 127])
     assert codes.tolist() == [[64, -127], [127, 64]]  # 63.5 goes to the even 64
 
@@ -484,7 +515,7 @@ def test_corrected_weights_keep_mean_and_stay_on_their_grid():
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3) * 0.1 + 0.05
     scheme = IntScheme(bits=4, narrow=True, axis=0)
-    codes, scale = quantized_weight(weight, scheme)
+    codes, scale = rounded(weight, scheme)
     repaired = correct_weight(weight, scheme)
     steps = repaired / scale.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)

@@ -31,7 +31,8 @@ from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.count import count
 from slimgraph.program.program import Program, require_program
-from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
+from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import (
     Quantization,
     prepare,

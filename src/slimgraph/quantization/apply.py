@@ -1,6 +1,7 @@
 """Write a plan into a program: quantize–dequantize pairs around values, integer weights."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,20 +25,15 @@ class _Grid:
     scheme: IntScheme
 
 
-def quantized_weight(weight: Tensor, scheme: IntScheme) -> tuple[Tensor, Tensor]:
-    """Codes and float32 scales of a weight on the symmetric grid that its largest magnitudes span."""
-    scale = weight_scale(weight, scheme)
-    return quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), scheme), scale
-
-
-def weight_scale(weight: Tensor, scheme: IntScheme) -> Tensor:
-    """Scale by the largest magnitude: one element, or one for each index of the scheme's axis."""
+def weight_scale(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> Tensor:
+    """Scale by the largest magnitude, or by the `reach` that a plan gives: one element, or one an index of the axis."""
+    if reach is not None:
+        top = torch.tensor(reach, dtype=torch.float64)
+        return scheme.parameters(-top, top)[0].to(weight.device)
     magnitude = weight.detach().abs()
-    if scheme.axis is None:
-        reach = magnitude.amax().reshape(1)
-    else:
-        reach = magnitude.amax(dim=[axis for axis in range(weight.dim()) if axis != scheme.axis])
-    return scheme.parameters(-reach, reach)[0]
+    others = [axis for axis in range(weight.dim()) if axis != scheme.axis]
+    largest = magnitude.amax().reshape(1) if scheme.axis is None else magnitude.amax(dim=others)
+    return scheme.parameters(-largest, largest)[0]
 
 
 def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
@@ -49,7 +45,7 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     Raises:
         ConfigError: the plan has no ranges yet, or speaks of another program.
     """
-    if plan.activations and not plan.ranges:
+    if plan.range_owners and not plan.ranges:
         raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
     existing = program.values
     for name in (*(a.value for a in plan.activations), *(w.value for w in plan.weights)):
@@ -63,7 +59,8 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     values = quantized.values
     readers = edit.count_readers(quantized.graph_module)
     for weight in plan.weights:
-        _quantize_layer(quantized, values[weight.value], weight, grids[weight.input], readers)
+        source = None if weight.input is None else grids[weight.input]
+        _quantize_layer(quantized, values[weight.value], weight, plan.weight_reach.get(weight.value), source, readers)
     taken = set(quantized.values)
     for activation in plan.activations:
         consumers = plan.consumers.get(activation.value)
@@ -73,7 +70,7 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
         if (
             name in grids
             and grids[name].zero_point == grids[name].scheme.code_range[0]
-            and _reach(grids[name]) <= top * (1 + 1e-6)
+            and (top is None or _reach(grids[name]) <= top * (1 + 1e-6))
         ):
             _bypass(values[name])
     edit.finish(quantized)
@@ -119,17 +116,22 @@ def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | Non
 
 
 def _quantize_layer(
-    program: Program, node: fx.Node, plan: WeightQuantizer, source: _Grid, readers: Counter[int]
+    program: Program,
+    node: fx.Node,
+    plan: WeightQuantizer,
+    reach: Sequence[float] | None,
+    source: _Grid | None,
+    readers: Counter[int],
 ) -> None:
     weight = edit.tensor_named(program.graph_module, plan.weight)
-    scale = weight_scale(weight, plan.scheme)
+    scale = weight_scale(weight, plan.scheme, reach)
     bias_node = edit.arguments(node)["bias"]
     bias = edit.constant_of(program.graph_module, bias_node)
-    if plan.integer_bias and bias is not None:
+    if source is not None and bias is not None and plan.integer_bias:
         scale = _room_for_bias(scale, bias, source.scale)
     codes = quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), plan.scheme)
     node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme, readers))
-    if plan.integer_bias and bias is not None:
+    if source is not None and bias is not None and plan.integer_bias:
         bias_scale = (scale.double() * source.scale).float()
         bias_codes = (
             (bias.detach().double() / bias_scale.double()).round().clamp(-_INT32_TOP, _INT32_TOP).to(torch.int32)

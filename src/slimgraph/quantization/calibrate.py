@@ -129,8 +129,10 @@ def choose_ranges(
     ranges = {}
     for owner in plan.range_owners:
         low, high = choose(statistics[owner], schemes[owner], **options)
-        top = plan.rectifiers.get(owner)
-        ranges[owner] = (low, high) if top is None else (0.0, min(high, top))
+        if owner in plan.rectifiers:
+            top = plan.rectifiers[owner]
+            low, high = 0.0, high if top is None else min(high, top)
+        ranges[owner] = (low, high)
     return plan.with_ranges(ranges)
 
 

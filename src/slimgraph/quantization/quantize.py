@@ -18,7 +18,8 @@ from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
-from slimgraph.quantization.plan import QuantizationPlan, plan_quantization
+from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
