@@ -491,6 +491,17 @@ def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -
     return paths
 
 
+def require_room(sizes: Sequence[Any]) -> None:
+    """Refuse a tensor that a file asks for, before anything is allocated for it.
+
+    Raises:
+        ValueError: it would have more elements than any that a network has.
+    """
+    elements = product([_hint(size) for size in sizes])
+    if elements > MOST_ELEMENTS:
+        raise ValueError(f"a tensor would have {elements} elements, more than the {MOST_ELEMENTS} that are allowed")
+
+
 def _check_size(call: Call, value: Value) -> None:
     if not isinstance(value, (Tensor, Host)):
         return
