@@ -1,6 +1,9 @@
 """Quantized models of Paddle: the integers that Paddle computes, in the library's own quantize–dequantize pairs."""
 
+from dataclasses import replace
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -202,3 +205,203 @@ def test_a_weight_that_two_operators_read_differently_stays_what_it_is():
     given = builder.given[0].numpy()
     np.testing.assert_allclose(a, given @ on_grid(weight, np.abs(weight).max()), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(b, given @ weight, rtol=1e-5, atol=1e-6)
+
+
+# Old files: products of codes in floats, of which the real values come out behind.
+
+ROUNDING = ("fake_quantize_range_abs_max", "fake_quantize_moving_average_abs_max")
+
+
+class OldModel(Builder):
+    """Writes what PaddleSlim 1 and the first 2.x exported: x → codes → product → real values."""
+
+    def stored(self, name, values):
+        self.tensors[name] = torch.from_numpy(np.asarray(values))
+        return name
+
+    def step(self, kind, inputs, outputs, **attributes):
+        named = {key: names if isinstance(names, tuple) else (names,) for key, names in inputs.items()}
+        made = {key: (name,) for key, name in outputs.items()}
+        operands = tuple(named.values())
+        self.add(kind, named, operands, made, tuple(made.values()), attributes)
+
+    def rounded(self, x, kind=ROUNDING[0], reach=0.8):
+        scale = self.stored("x.scale", np.float32([reach]))
+        self.step(kind, {"X": x, "InScale": scale}, {"Out": "q", "OutScale": "q.scale"}, bit_length=8, is_test=True)
+        return "q"
+
+    def back(self, codes, out, most):
+        self.step("fake_dequantize_max_abs", {"X": codes, "Scale": "q.scale"}, {"Out": out}, max_range=most)
+
+    def back_by_channel(self, codes, out, scale, axis, scales=("q.scale",)):
+        given = {"X": codes, "Iter": (), "Scales": (scale, *scales)}
+        if self.generation == "pir":
+            given = {"X": codes, "Scales": (scale, *scales), "Iter": ()}
+        attributes = {"quant_bits": (8, 8)[: 1 + len(scales)], "quant_axis": 0, "x_num_col_dims": axis}
+        self.step("fake_channel_wise_dequantize_max_abs", given, {"Out": out}, **attributes)
+
+    def program(self, *outputs, declared=()):
+        self.values = {name: Value(name=name, dtype=torch.float32, shape=shape) for name, shape in declared}
+        model = replace(self.model(outputs), values=self.values)
+        return program_of(model, input_shapes={})
+
+
+def integers(program, name):
+    found = dict(program.graph_module.named_buffers())[name]
+    assert found.dtype == torch.int8
+    return found.numpy()
+
+
+def require_quantized(program):
+    """Codes are held in integers; every number that is multiplied is a real value."""
+    targets = {node.target for node in program.graph.nodes}
+    assert {QUANTIZE, DEQUANTIZE} <= targets
+    assert not list(program.graph_module.parameters())
+    assert not targets & {torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten._to_copy.default}
+
+
+CODES, REACH = np.rint(array(4, 3, 3, 3, seed=1) * 127), np.float32([0.5, 0.9, 1.0, 2.0])
+
+
+def old_convolution(generation, rounding, *, by_channel, stored=np.float32, bias=False):
+    builder = OldModel(generation)
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=(None, 3, None, None))
+    codes = builder.rounded("x", rounding)
+    weight = builder.stored("conv2d_0.w_0", CODES.astype(stored))
+    sizes = {"strides": (1, 1), "paddings": (1, 1), "groups": 1, "data_format": "NCHW"}
+    builder.step("conv2d", {"Input": codes, "Filter": weight}, {"Output": "c"}, **sizes)
+    if by_channel:
+        builder.back_by_channel("c", "y", builder.stored("w.scale", REACH), 1)
+    else:
+        builder.back("c", "y", 127 * 127 / 0.6)
+    if bias:
+        builder.stored("conv2d_0.b_0", array(4, seed=5))
+        builder.step("elementwise_add", {"X": "y", "Y": "conv2d_0.b_0"}, {"Out": "z"}, axis=1)
+    return builder
+
+
+def wanted_convolution(x, *, by_channel, bias=None):
+    weight = CODES * (REACH.reshape(-1, 1, 1, 1) if by_channel else np.float32(0.6)) / 127
+    weight = torch.from_numpy(weight.astype(np.float32))
+    return torch.conv2d(torch.from_numpy(on_grid(x, 0.8)), weight, bias, padding=1)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize(("generation", "rounding", "stored"), [
+    ("program", ROUNDING[0], np.float32),
+    ("program", ROUNDING[1], np.int8),
+    ("pir", ROUNDING[1], np.float32),
+])  # fmt: skip
+def test_a_convolution_of_codes_in_floats_keeps_them_as_integers(generation, rounding, stored, by_channel):
+    program = old_convolution(generation, rounding, by_channel=by_channel, stored=stored).program("y")
+    require_quantized(program)
+    np.testing.assert_array_equal(integers(program, "conv2d_0.w_0"), CODES)
+    assert "y" in program.values
+    for samples in (1, 3):
+        x = array(samples, 3, 8, 10, seed=samples, low=-1.5, high=1.5)
+        wanted = wanted_convolution(x, by_channel=by_channel)
+        torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_codes_in_floats_are_exported_as_integers_with_the_scales_of_the_file(by_channel, tmp_path):
+    program = old_convolution("program", ROUNDING[0], by_channel=by_channel).program("y")
+    export_onnx(program, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    kept = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    (weight,) = (each for each in kept.values() if each.dtype == np.int8 and each.ndim == 4)
+    np.testing.assert_array_equal(weight, CODES)
+    scales = [kept[node.input[1]] for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert any(np.allclose(scale, 0.8 / 127, rtol=1e-6) for scale in scales)
+    own = REACH / 127 if by_channel else np.float32(0.6 / 127)
+    assert any(scale.size == own.size and np.allclose(scale.reshape(own.shape), own, rtol=1e-6) for scale in scales)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = array(3, 3, 8, 10, low=-1.5, high=1.5)
+    wanted = wanted_convolution(x, by_channel=by_channel)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_old_convolution_has_its_bias_in_itself():
+    program = old_convolution("program", ROUNDING[0], by_channel=True, bias=True).program("z")
+    assert torch.ops.aten.add.Tensor not in {node.target for node in program.graph.nodes}
+    x = array(2, 3, 8, 10)
+    wanted = wanted_convolution(x, by_channel=True, bias=torch.from_numpy(array(4, seed=5)))
+    torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("kind", ["mul", "matmul_v2"])
+def test_matrices_of_codes_have_a_scale_for_each_column(kind, axis):
+    codes = np.rint(array(5, 4, seed=2) * 127)
+    builder = OldModel("program")
+    shape = (None, 5) if axis == 1 else (None, 6, 5)
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=shape)
+    builder.rounded("x")
+    weight = builder.stored("fc_0.w_0", codes)
+    attributes = {"x_num_col_dims": axis, "y_num_col_dims": 1} if kind == "mul" else {}
+    builder.step(kind, {"X": "q", "Y": weight}, {"Out": "c"}, **attributes)
+    builder.back_by_channel("c", "y", builder.stored("w.scale", REACH), axis)
+    program = builder.program("y", declared=[("c", (*shape[:-1], 4))])
+    require_quantized(program)
+    x = array(3, *shape[1:], low=-1.5, high=1.5)
+    wanted = on_grid(x, 0.8) @ (codes * REACH / 127).astype(np.float32)
+    np.testing.assert_allclose(program(torch.from_numpy(x)).detach(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_weights_that_are_rounded_and_turned_back_in_the_file_become_stored_integers(by_channel):
+    """As PaddleSlim writes a model while it is trained."""
+    weight = array(4, 3, 3, 3, seed=1)
+    reach = np.abs(weight).max((1, 2, 3) if by_channel else None)
+    builder = OldModel("program")
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=(None, 3, None, None))
+    builder.rounded("x")
+    builder.back("q", "x_real", 127.0)
+    builder.stored("conv2d_0.w_0", weight)
+    kind = "fake_channel_wise_quantize_abs_max" if by_channel else "fake_quantize_abs_max"
+    made = {"Out": "w.quantized", "OutScale": "w.scale"}
+    builder.step(kind, {"X": "conv2d_0.w_0"}, made, bit_length=8, quant_axis=0)
+    if by_channel:
+        builder.back_by_channel("w.quantized", "w_real", "w.scale", 1, scales=())
+    else:
+        given = {"X": "w.quantized", "Scale": "w.scale"}
+        builder.step("fake_dequantize_max_abs", given, {"Out": "w_real"}, max_range=127.0)
+    sizes = {"strides": (1, 1), "paddings": (1, 1), "groups": 1}
+    builder.step("conv2d", {"Input": "x_real", "Filter": "w_real"}, {"Output": "y"}, **sizes)
+    program = builder.program("y")
+    require_quantized(program)
+    spread = reach.reshape(-1, 1, 1, 1)
+    np.testing.assert_array_equal(integers(program, "conv2d_0.w_0"), np.rint(weight / spread * 127))
+    x = array(2, 3, 8, 10, low=-1.5, high=1.5)
+    real = torch.from_numpy(on_grid(weight, spread).astype(np.float32))
+    wanted = torch.conv2d(torch.from_numpy(on_grid(x, 0.8)), real, padding=1)
+    torch.testing.assert_close(program(torch.from_numpy(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_that_something_else_reads_stay_numbers():
+    builder = old_convolution("program", ROUNDING[0], by_channel=False)
+    builder.step("relu", {"X": "c"}, {"Out": "r"})
+    program = builder.program("y", "r")
+    x = array(2, 3, 8, 10, low=-1.5, high=1.5)
+    found = program(torch.from_numpy(x))
+    torch.testing.assert_close(found["y"], wanted_convolution(x, by_channel=False), rtol=1e-5, atol=1e-5)
+    codes = torch.conv2d(torch.from_numpy(on_grid(x, 0.8) / 0.8 * 127), torch.from_numpy(CODES), padding=1)
+    torch.testing.assert_close(found["r"], torch.relu(codes), rtol=1e-4, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["fake_quantize_abs_max", "fake_quantize_dequantize_abs_max"])
+def test_a_range_that_follows_the_input_stays_arithmetic(kind):
+    """The scale that comes out behind the product is another one for each input."""
+    builder = OldModel("program")
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=(None, 5))
+    builder.step(kind, {"X": "x"}, {"Out": "q", "OutScale": "q.scale"}, bit_length=8)
+    codes = np.rint(array(5, 4, seed=2) * 127)
+    builder.step("mul", {"X": "q", "Y": builder.stored("fc_0.w_0", codes.astype(np.int8))}, {"Out": "c"})
+    if kind == "fake_quantize_abs_max":
+        builder.back("c", "y", 127 * 127 / 0.5)
+    else:
+        builder.step("scale", {"X": "c"}, {"Out": "y"}, scale=0.5 / 127, bias=0.0)
+    x = array(1, 5)
+    wanted = on_grid(x, np.abs(x).max()) @ (codes * 0.5 / 127).astype(np.float32)
+    program = builder.program("y")
+    np.testing.assert_allclose(program(torch.from_numpy(x)).detach(), wanted, rtol=1e-5, atol=1e-5)

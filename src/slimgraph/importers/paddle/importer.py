@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from slimgraph.importers.paddle.dequantize_first import dequantize_first
 from slimgraph.importers.paddle.graph import PaddleModel
 from slimgraph.importers.paddle.join_bias import join_biases
 from slimgraph.importers.paddle.operators import steps_of
@@ -45,6 +46,7 @@ def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
     names = [value.name for value in model.inputs]
     outputs = [value.name for value in model.outputs]
     steps, tensors = with_stored_codes(steps_of(model), model.tensors)
+    steps, tensors = dequantize_first(steps, tensors, model)
     steps = join_biases(steps, tensors, outputs)
 
     def make(baked: bool) -> Interpreted:

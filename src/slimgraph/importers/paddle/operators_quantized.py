@@ -100,7 +100,26 @@ def _dequantize_stored(call: Call, codes: Tensor, scale: Tensor, zero_point: Ten
     return (y, *others)
 
 
-_DEQUANTIZE_STORED = Operator(run=_dequantize_stored)
+DEQUANTIZE_STORED = Operator(run=_dequantize_stored)
+"""Of codes, scales and zero points that are stored; its attributes tell the bits and the axis of the channels."""
+
+
+def step_top(bits: int) -> int:
+    """The highest code."""
+    return _codes({"bit_length": bits}).top
+
+
+def stored_codes(name: str, codes: Tensor, reach: Tensor, bits: int) -> dict[str, Tensor]:
+    """What `DEQUANTIZE_STORED` reads: integers in the place of a weight, and what stands for them."""
+    kind = _codes({"bit_length": bits})
+    return _kept(name, codes.to(kind.dtype), reach, kind)
+
+
+def codes_of_weight(step: Step, weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
+    """The codes that a step makes of a weight by the weight's own reach, in integers, and the reach."""
+    axis = _axis(step.attributes) if by_channel else None
+    reach = _reach(weight, axis)
+    return _of_real(step.attributes, weight, reach, axis), reach
 
 
 def _rounded_weight(step: Step, stored: Mapping[str, Tensor], *, by_channel: bool) -> Any:
@@ -111,7 +130,7 @@ def _rounded_weight(step: Step, stored: Mapping[str, Tensor], *, by_channel: boo
     axis = _axis(step.attributes) if by_channel else None
     reach = _reach(stored[name], axis)
     added = _kept(name, _of_real(step.attributes, stored[name], reach, axis), reach, _codes(step.attributes))
-    return replace(step, operator=_DEQUANTIZE_STORED, inputs=tuple(added)), added
+    return replace(step, operator=DEQUANTIZE_STORED, inputs=tuple(added)), added
 
 
 def _rounded_tensor(step: Step, stored: Mapping[str, Tensor]) -> Any:
@@ -122,18 +141,45 @@ def _rounded_channels(step: Step, stored: Mapping[str, Tensor]) -> Any:
     return _rounded_weight(step, stored, by_channel=True)
 
 
+def are_codes(tensor: Tensor, top: int) -> bool:
+    """Whether all numbers are integers that a symmetric range has, or the one below it."""
+    wide = tensor.float()  # the magnitude of int8's lowest code is none of its own
+    return bool((wide == wide.round()).all() and (wide >= -top - 1).all() and (wide <= top).all())
+
+
 def _stored_codes(step: Step, stored: Mapping[str, Tensor]) -> Any:
     """Codes that a file stores, in the integers that they are."""
     name, scale = (*step.inputs, "", "")[:2]
     if name not in stored or scale not in stored or step.attributes.get("only_observer"):
         return None
     kind, codes = _codes(step.attributes), stored[name]
-    if codes.numel() and (
-        codes.abs().max() > kind.top + 1 or (codes.is_floating_point() and (codes.frac() != 0).any())
-    ):
+    if not are_codes(codes, kind.top):
         return None
     added = _kept(name, codes.to(kind.dtype), stored[scale].reshape(-1), kind)
-    return replace(step, operator=_DEQUANTIZE_STORED, inputs=tuple(added)), added
+    return replace(step, operator=DEQUANTIZE_STORED, inputs=tuple(added)), added
+
+
+def _integers(step: Step, stored: Mapping[str, Tensor], scale: str, bits: int, most: float, axis: int) -> Any:
+    """As `_stored_codes`, where a scale belongs to the code `most`."""
+    name = step.inputs[0]
+    codes, top = stored.get(name), step_top(bits)
+    if codes is None or scale not in stored or not most or not are_codes(codes, top):
+        return None
+    added = stored_codes(name, codes, stored[scale].reshape(-1).float() * (top / most), bits)
+    attributes = {"bit_length": bits, "quant_axis": axis}
+    return replace(step, operator=DEQUANTIZE_STORED, inputs=tuple(added), attributes=attributes), added
+
+
+def _integers_of_tensor(step: Step, stored: Mapping[str, Tensor]) -> Any:
+    return _integers(step, stored, step.inputs[1], 8, step.attributes.get("max_range", 127.0), 0)
+
+
+def _integers_of_channels(step: Step, stored: Mapping[str, Tensor]) -> Any:
+    _, _, *scales = step.inputs  # the second is a counter
+    bits = int((*step.attributes.get("quant_bits", ()), 8)[0])
+    if len(scales) != 1:
+        return None
+    return _integers(step, stored, scales[0], bits, step_top(bits), _axis(step.attributes))
 
 
 def with_stored_codes(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[list[Step], dict[str, Tensor]]:
@@ -179,6 +225,10 @@ def _round_known(call: Call, x: Tensor, scale: Host, *_: Any) -> Tensor:
     step = _step(_known_reach(call, scale), kind)
     result: Tensor = DEQUANTIZE(QUANTIZE(x, step, 0, *kind.limits), step, 0, *kind.limits)
     return result
+
+
+ROUND_KNOWN = Operator(run=_round_known, static=(1,))
+"""To codes and back by a stored reach."""
 
 
 def _round_dynamic(axis: Callable[[Call], int | None]) -> Callable[[Call, Tensor], Any]:
@@ -339,12 +389,14 @@ ROWS: tuple[Row, ...] = (
         program="fake_dequantize_max_abs",
         inputs=(one("X"), one("Scale")),
         run=_dequantize_known,
+        prepare=_integers_of_tensor,
     ),
     Row(
         pir="fake_channel_wise_dequantize_max_abs",
         program="fake_channel_wise_dequantize_max_abs",
         inputs=(one("X"), many("Scales"), one("Iter")),
         run=_dequantize_channels,
+        prepare=_integers_of_channels,
     ),
     Row(
         pir="moving_average_abs_max_scale",
