@@ -316,10 +316,11 @@ def test_bench_asks_for_sizes_in_its_own_words_and_takes_them_in_two_forms(tmp_p
         assert answer("bench", "free.onnx", *options, "--batch", "2")["latency"]["batch"] == 2
 
 
-def test_an_input_fixes_the_open_sizes_of_an_onnx_file_except_the_batch(tmp_path):
+def test_an_input_fixes_the_open_sizes_of_an_onnx_file_and_one_sample_stands_for_any_number(tmp_path):
     _with_free_sizes(tmp_path / "free.onnx")
     assert answer("inspect", "free.onnx", "--input", "1,3,8,6")["inputs"][0]["shape"] == ["N", 3, 8, 6]
     assert answer("inspect", "free.onnx", "--input", "1,3,8,0")["inputs"][0]["shape"] == ["N", 3, 8, "W"]
+    assert answer("inspect", "free.onnx", "--input", "4,3,8,0")["inputs"][0]["shape"] == [4, 3, 8, "W"]
     assert "takes image: float32[N, 3, H, W]" in run("inspect", "free.onnx", "--input", "1,4,8,6").stderr
     assert "imagine" in run("inspect", "free.onnx", "--input", "imagine=1,3,8,6").stderr
     answer("convert", "free.onnx", "fixed.onnx", "--input", "image=0,3,8,6")

@@ -30,7 +30,7 @@ def load(
     Args:
         path: a `.pt2`, an `.onnx`, or the folder of a Paddle inference model (or its `.pdmodel` or `.json`).
         input_shapes: sizes of axes that an ONNX or Paddle file leaves open, by input or in order: they are fixed to
-            these. 0 leaves one free.
+            these. 0 leaves one free, and so does 1 for the first axis: one sample stands for any number of them.
         model_filename: which file of the folder has the Paddle model, where it cannot be told.
         params_filename: which one has its parameters.
     Raises:

@@ -163,7 +163,8 @@ def _shapes(texts: Sequence[str] | None) -> InputShapes | None:
 
 
 def _with_sizes(signature: Signature, shapes: InputShapes | None, model: str) -> Signature:
-    """The signature of an ONNX file with these sizes for axes that it leaves open, but for the batch, as in importing.
+    """The signature of an ONNX file with these sizes for axes that it leaves open, as in importing: a first axis of 1
+    stays open, since one sample stands for any number.
 
     Raises:
         ConfigError: a shape is that of no input.
@@ -183,7 +184,11 @@ def _with_sizes(signature: Signature, shapes: InputShapes | None, model: str) ->
             given = f"{name}={','.join(map(str, shape))}".lstrip("=")
             raise ConfigError(f"--input {given} does not fit {model}, which takes {takes}.")
         sizes.update(
-            {axis: size for size, axis in zip(shape[1:], wanted[1:], strict=True) if isinstance(axis, str) and size}
+            {
+                axis: size
+                for index, (size, axis) in enumerate(zip(shape, wanted, strict=True))
+                if isinstance(axis, str) and size > (index == 0)
+            }
         )
 
     def fixed(spec: TensorSpec) -> TensorSpec:

@@ -26,7 +26,7 @@ Input = Annotated[
         "--input",
         metavar="[NAME=]SHAPE[:DTYPE]",
         help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64; sizes that an ONNX or Paddle file leaves "
-        "open. Once for each input.",
+        "open (0 leaves one open, and 1 the batch). Once for each input.",
         show_default=False,
     ),
 ]

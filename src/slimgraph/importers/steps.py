@@ -214,6 +214,28 @@ def describe(step: Step) -> str:
     return f"The operator {step.kind}{version} at {step.name!r}"
 
 
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
+"""What operators raise about values that they cannot have: a file may give each of them anything."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line and not endless."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _failed(step: Step, error: BaseException) -> ModelImportError:
+    return ModelImportError(f"{describe(step)} cannot be imported: {reason_of(error)}")
+
+
 class Interpreted(nn.Module):
     """A graph of a file as a module: stored tensors under their names in the file, and steps that run in order.
 
@@ -270,12 +292,20 @@ class Interpreted(nn.Module):
             for name in done:  # what is known while importing is small, and may be asked for again
                 if isinstance(values.get(name), Tensor):
                     del values[name]
-        found = {name: self.tensor(name, values) for name in self.outputs}
+        found = {name: self._output(name, values) for name in self.outputs}
         for name, value in found.items():
             if not isinstance(value, Tensor):
                 what = "empty" if value is None else "a sequence"
                 raise ModelImportError(f"The output {name!r} is {what}; a program gives tensors.")
         return {name: mark(value, "", name) for name, value in found.items()}
+
+    def _output(self, name: str, values: Mapping[str, Value]) -> Any:
+        try:
+            return self.tensor(name, values)
+        except FAILURES as error:  # numbers that were known while importing, and no tensor can hold
+            if (maker := self._makers.get(name)) is None:
+                raise ModelImportError(f"The output {name!r} cannot be imported: {reason_of(error)}") from error
+            raise _failed(maker, error) from error
 
     def run(self, steps: Sequence[Step], values: dict[str, Value], suffix: str = "") -> None:
         """Compute the steps, reading from and adding to `values`; the suffix is for the names of layers and values."""
@@ -299,18 +329,8 @@ class Interpreted(nn.Module):
                 raise call.undecidable(
                     "it works on sizes only, and gets values that are known only when the model runs"
                 )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            ZeroDivisionError,
-            MemoryError,
-        ) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ModelImportError(f"{describe(step)} cannot be imported: {reason}") from error
+        except FAILURES as error:
+            raise _failed(step, error) from error
         results = list(result) if isinstance(result, tuple) else [result]
         for value in results:
             _check_size(call, value)
