@@ -233,6 +233,48 @@ def test_an_operator_that_cannot_be_imported_is_named_with_its_layer(tmp_path):
         traced(builder, "y")
 
 
+# One sample that the file fixes
+
+
+def one_sample(generation, sizes):
+    """x (1, 4, 6) → relu → reshape to sizes that are written down → softmax over the last axis."""
+    builder = Builder(generation)
+    builder.inputs["x"] = free(1, 4, 6)
+    builder.add("relu", {"X": ("x",)}, (("x",),), {"Out": ("r",)}, (("r",),), {})
+    if generation == "program":
+        builder.add("reshape2", {"X": ("r",)}, (), {"Out": ("v",)}, (), {"shape": sizes})
+    else:
+        builder.add("reshape", {}, (("r",), (builder.constant(Known(list(sizes))),)), {}, (("v",),), {})
+    builder.add("softmax", {"X": ("v",)}, (("v",),), {"Out": ("y",)}, (("y",),), {"axis": -1})
+    return builder
+
+
+@pytest.mark.parametrize("generation", ["program", "pir"])
+@pytest.mark.parametrize("sizes", [(1, 24), (1, -1), (-1, 24), (1, 2, 12), (1, 0, 2, -1), (8, 3), (-1, 3)])
+def test_one_sample_that_a_reshape_fixes_becomes_any_number(generation, sizes):
+    program = traced(one_sample(generation, sizes), "y")
+    assert program.signature.inputs[0].shape == ("batch", 4, 6)
+    rows = torch.zeros(1, 4, 6).reshape([4 if size == 0 else size for size in sizes]).shape
+    for samples in (1, 3, 7):
+        x = array(samples, 4, 6)
+        wanted = torch.softmax(torch.relu(torch.from_numpy(x)).reshape(rows[0] * samples, *rows[1:]), -1)
+        np.testing.assert_allclose(run(program, x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(0,), ()])
+def test_the_axis_of_the_only_sample_can_be_removed_and_then_stays_the_only_one(axes):
+    builder = Builder("program")
+    builder.inputs["x"] = free(1, 4, 1)
+    builder.add("squeeze2", {"X": ("x",)}, (), {"Out": ("v",)}, (), {"axes": axes})
+    builder.add("softmax", {"X": ("v",)}, (), {"Out": ("y",)}, (), {"axis": 0})
+    program = traced(builder, "y")
+    assert program.signature.inputs[0].shape == (1, 4, 1)
+    assert "sample" in program.history[0].parameters["batch_is_fixed_because"]
+    x = array(1, 4, 1)
+    wanted = torch.softmax(torch.from_numpy(x).reshape((4, 1) if axes else (4,)), 0)
+    np.testing.assert_allclose(run(program, x), wanted, atol=1e-6)
+
+
 # Models that Paddle saved, with its own outputs
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from slimgraph.importers.batch import for_any_batch, squeezed
 from slimgraph.importers.host import LARGEST, Host, product
 from slimgraph.importers.onnx.convolution import padded
 from slimgraph.importers.steps import Call, Operator
@@ -39,25 +39,7 @@ def _reshape(call: Call, x: Tensor, shape: Host) -> Tensor:
         x.shape[axis] if isinstance(size, int) and size == 0 and not keep_zero else size
         for axis, size in enumerate(shape.numbers)
     ]
-    return torch.reshape(x, _for_any_batch(call, x, wanted))
-
-
-def _for_any_batch(call: Call, x: Tensor, wanted: list[Any]) -> list[Any]:
-    """Sizes that were written down for one sample, for as many as there are: the samples stay outermost."""
-    batch = call.module.batch
-    if not call.module.baked or not wanted or not x.dim() or not all(isinstance(size, int) for size in wanted):
-        return wanted
-    outermost = statically_known_true(x.shape[0] % batch == 0)
-    of_one = product(x.shape) // batch
-    open_axes = [axis for axis, size in enumerate(wanted) if size == -1]
-    known = product([size for size in wanted if size != -1])
-    if not outermost or known <= 0 or len(open_axes) > 1:
-        return wanted
-    if open_axes and open_axes[0] != 0:  # as many of the rest as there are in one sample
-        wanted = [of_one // known if size == -1 else size for size in wanted]
-    elif not open_axes and not statically_known_true(of_one == known):
-        return wanted
-    return [wanted[0] * batch if wanted[0] != -1 else -1, *wanted[1:]]
+    return torch.reshape(x, for_any_batch(call, x, wanted))
 
 
 def _reshape_known(call: Call, x: Host, shape: Host) -> Host:
@@ -74,12 +56,8 @@ def _flatten(call: Call, x: Tensor) -> Tensor:
 
 
 def _squeeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
-    chosen = axes_of(call, axes)
-    if chosen is None:
-        chosen = [axis for axis, size in enumerate(x.shape) if isinstance(size, int) and size == 1]
+    chosen = squeezed(call, x, axes_of(call, axes))
     for axis in chosen:
-        if not isinstance(x.shape[axis], int) and call.module.baked:
-            raise call.error(f"it removes axis {axis}, which counts samples")
         if isinstance(x.shape[axis], int) and x.shape[axis] != 1:
             raise call.error(f"it removes axis {axis}, which has the size {x.shape[axis]}")
     return torch.squeeze(x, chosen)

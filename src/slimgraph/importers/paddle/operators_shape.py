@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimgraph.importers.batch import for_any_batch, squeezed
 from slimgraph.importers.host import LARGEST, Host, product
 from slimgraph.importers.paddle.parameters import MAX_RANK
 from slimgraph.importers.paddle.row import Row, known, many, one
@@ -143,7 +144,7 @@ def _sizes(own: Any, wanted: list[Any]) -> list[Any]:
 
 
 def _reshape(call: Call, x: Tensor, shape: Host) -> Tensor:
-    return torch.reshape(x, _sizes(x.shape, shape.numbers))
+    return torch.reshape(x, for_any_batch(call, x, _sizes(x.shape, shape.numbers)))
 
 
 def _reshape_known(call: Call, x: Host, shape: Host) -> Host:
@@ -169,10 +170,7 @@ def _flatten_to_matrix(call: Call, x: Tensor) -> Tensor:
 
 
 def _squeeze(call: Call, x: Tensor, axis: Host | None = None) -> Tensor:
-    chosen = axis.ints if axis is not None and axis.numbers else None
-    if chosen is None:
-        chosen = [index for index, size in enumerate(x.shape) if isinstance(size, int) and size == 1]
-    return torch.squeeze(x, chosen)
+    return torch.squeeze(x, squeezed(call, x, axis.ints if axis is not None and axis.numbers else None))
 
 
 def _squeeze_known(call: Call, x: Host, axis: Host | None = None) -> Host:
