@@ -1,24 +1,30 @@
 """Element-wise operators of ONNX: arithmetic, comparison, logic, rounding, casts."""
 
-import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from slimgraph.importers.host import Host
+from slimgraph.importers.host import Host, affordable, broadcast, elementwise
 from slimgraph.importers.onnx.tensors import type_name
 from slimgraph.importers.onnx.types import BITS, torch_type
+from slimgraph.importers.scaled_sizes import over, times, whole
 from slimgraph.importers.steps import EVERY, Call, Operator
 
+_Known = Callable[..., NDArray[Any]]
+"""Computes known numbers, as arrays of the type in which the file computes."""
 
-def _binary(function: Callable[[Any, Any], Any], host: Callable[[Any, Any], Any], *, truth: bool = False) -> Operator:
-    """An operator on two broadcast tensors; `truth`: it gives booleans."""
-    elementwise = np.frompyfunc(host, 2, 1)
+
+def _binary(
+    function: Callable[[Any, Any], Any], known: _Known, free: Callable[..., Any], *, truth: bool = False
+) -> Operator:
+    """An operator on two broadcast tensors; `free` gets the type and two numbers. `truth`: it gives booleans."""
 
     def run(call: Call, a: Any, b: Any) -> Tensor:
         if not isinstance(a, Tensor) and not isinstance(b, Tensor):
@@ -26,25 +32,49 @@ def _binary(function: Callable[[Any, Any], Any], host: Callable[[Any, Any], Any]
         result: Tensor = function(a, b)
         return result
 
-    def known(call: Call, a: Host, b: Host) -> Host:
-        dtype = torch.bool if truth else torch.float32 if b.dtype.is_floating_point else a.dtype
-        return Host(np.asarray(elementwise(a.array, b.array), dtype=object), dtype)
+    def host(call: Call, a: Host, b: Host) -> Host:
+        reads = common_type(a, b)
+        return elementwise(known, partial(free, reads), a, b, reads=reads, gives=torch.bool if truth else reads)
 
-    return Operator(run=run, host=known, weights=EVERY, numbers=True)
+    return Operator(run=run, host=host, weights=EVERY, numbers=True)
 
 
-def _unary(function: Callable[[Tensor], Tensor], host: Callable[[Any], Any] | None = None, **same: Any) -> Operator:
+def common_type(*parts: Host) -> torch.dtype:
+    """The type in which numbers are computed that should all have it."""
+    result = parts[0].dtype
+    for part in parts[1:]:
+        result = result if part.dtype == result else torch.promote_types(result, part.dtype)
+    return result
+
+
+def _untyped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of symbols, without the type."""
+    return lambda dtype, *numbers: function(*numbers)
+
+
+def _unary(
+    function: Callable[[Tensor], Tensor], known: _Known | None = None, free: Callable[..., Any] | None = None
+) -> Operator:
+    """An operator on one tensor; `free` gets the type and a number."""
+
     def run(call: Call, x: Tensor) -> Tensor:
         return function(x)
 
-    if host is None:
+    if known is None or free is None:
         return Operator(run=run)
-    elementwise = np.frompyfunc(host, 1, 1)
 
-    def known(call: Call, x: Host) -> Host:
-        return Host(np.asarray(elementwise(x.array), dtype=object), same.get("dtype", x.dtype))
+    def host(call: Call, x: Host) -> Host:
+        return elementwise(known, partial(free, x.dtype), x)
 
-    return Operator(run=run, host=known)
+    return Operator(run=run, host=host)
+
+
+def _rounding(function: Callable[[Tensor], Tensor], known: _Known, name: str) -> Operator:
+    return _unary(function, known, lambda dtype, x: torch.sym_float(whole(dtype, name, x)))
+
+
+def _subtract(a: Any, b: Any) -> Any:
+    return torch.sub(a, b) if isinstance(a, Tensor) else a - b
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -53,19 +83,37 @@ def _divide(a: Any, b: Any) -> Any:
     return torch.div(a, b, rounding_mode="trunc") if whole else torch.div(a, b)
 
 
-def _divide_known(a: Any, b: Any) -> Any:
-    if isinstance(a, (float, torch.SymFloat)) or isinstance(b, (float, torch.SymFloat)):
-        return a / b
-    # Sizes are not negative, and a floor keeps them simple; what is known may be anything.
-    if isinstance(a, int) and isinstance(b, int) and (a < 0) != (b < 0):
-        return -(abs(a) // abs(b))
-    return a // b
+def _divide_known(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    if a.dtype.kind == "f":
+        return np.divide(a, b)
+    _no_zeros(b)
+    return np.floor_divide(a, b) + ((np.remainder(a, b) != 0) & ((a < 0) != (b < 0)))
 
 
-def _power_known(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int) and abs(b) > 64:  # Python's integers have no end
-        raise OverflowError(f"{a} to the power of {b} is no size")
-    return a**b
+def _no_zeros(divisors: NDArray[Any]) -> None:
+    if divisors.dtype.kind != "f" and not np.all(divisors):
+        raise ZeroDivisionError("it divides an integer by zero")
+
+
+def _power(call: Call, a: Any, b: Any) -> Tensor:
+    a = a if isinstance(a, Tensor) or isinstance(b, Tensor) else torch.tensor(a)
+    return torch.pow(a, b).to(a.dtype) if isinstance(a, Tensor) else torch.pow(a, b)
+
+
+def _power_known(call: Call, a: Host, b: Host) -> Host:
+    """Whole numbers too are raised to a power as floating-point numbers; what they cannot hold is refused."""
+
+    def known(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+        result: NDArray[Any] = np.power(a, b)
+        return result
+
+    def free(a: Any, b: Any) -> Any:
+        if not (isinstance(b, (int, float)) and abs(b) <= 64):
+            raise OverflowError(f"{a} to the power of {b} is no size")
+        return a**b
+
+    reads = a.dtype if a.dtype.is_floating_point else torch.float64
+    return elementwise(known, free, a, b, reads=reads, gives=a.dtype)
 
 
 def _modulo(call: Call, a: Any, b: Any) -> Tensor:
@@ -74,26 +122,30 @@ def _modulo(call: Call, a: Any, b: Any) -> Tensor:
 
 
 def _modulo_known(call: Call, a: Host, b: Host) -> Host:
-    function = math.fmod if call.int("fmod", 0) else operator.mod
-    return Host(np.asarray(np.frompyfunc(function, 2, 1)(a.array, b.array), dtype=object), a.dtype)
+    def known(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+        _no_zeros(b)
+        result: NDArray[Any] = np.fmod(a, b) if call.int("fmod", 0) else np.remainder(a, b)
+        return result
+
+    return elementwise(known, operator.mod, a, b, reads=common_type(a, b))
 
 
-def _variadic(function: Callable[[Tensor, Tensor], Tensor], host: Callable[[Any, Any], Any]) -> Operator:
+def _variadic(function: Callable[[Tensor, Tensor], Tensor], known: _Known, free: Callable[[Any, Any], Any]) -> Operator:
     """An operator on any number of broadcast tensors."""
-    elementwise = np.frompyfunc(host, 2, 1)
 
     def run(call: Call, first: Tensor, *rest: Tensor) -> Tensor:
         for other in rest:
             first = function(first, other)
         return first
 
-    def known(call: Call, first: Host, *rest: Host) -> Host:
-        array = first.array
+    def host(call: Call, first: Host, *rest: Host) -> Host:
+        reads = common_type(first, *rest)
+        affordable([1 + len(rest), broadcast(first, *rest)[0].size])
         for other in rest:
-            array = np.asarray(elementwise(array, other.array), dtype=object)
-        return Host(array, first.dtype)
+            first = elementwise(known, free, first, other, reads=reads)
+        return first
 
-    return Operator(run=run, host=known, weights=EVERY)
+    return Operator(run=run, host=host, weights=EVERY)
 
 
 def _mean(call: Call, first: Tensor, *rest: Tensor) -> Tensor:
@@ -146,26 +198,35 @@ def _to_powers_of_two(call: Call, x: Tensor) -> Tensor:
     return torch.where(exponent == 255, exponent, rounded).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
+def _same(number: Any) -> Any:
+    return number
+
+
 def _cast_known(call: Call, x: Host) -> Host | Tensor:
     number = call.int("to", onnx.TensorProto.FLOAT)
     wanted = torch_type(call, number)
     if type_name(number) in BITS:
         return _cast(call, x.tensor())
-    convert: Callable[[Any], Any] = lambda number: number  # noqa: E731
+    if wanted.is_floating_point and wanted.itemsize == 1:
+        return _cast(call, x.tensor())
+    free: Callable[[Any], Any] = _same
     if wanted == torch.bool:
-        convert = bool
+        free = bool
     elif wanted.is_floating_point and not x.dtype.is_floating_point:
-        convert = torch.sym_float
+        free = torch.sym_float
     elif not wanted.is_floating_point and x.dtype.is_floating_point:
-        convert = torch.sym_int
-    return Host(np.asarray(np.frompyfunc(convert, 1, 1)(x.array), dtype=object), wanted)
+        free = partial(whole, x.dtype, "trunc")
+    return elementwise(_same, free, x, gives=wanted)
 
 
 def _cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor | Host:
     known = call.module.host(call.step.inputs[0], call.values)
-    alike = x.is_floating_point() == like.is_floating_point() and call.step.types[1] not in BITS
+    alike = (
+        x.is_floating_point() == like.is_floating_point() and like.dtype.itemsize > 1 and call.step.types[1] not in BITS
+    )
     if known is not None and known.array.size == 1 and alike:
-        return Host(known.array, like.dtype)  # a number stays known: a padding may ask for it
+        # A number stays known: a padding may ask for it.
+        return elementwise(_same, _same, known, gives=like.dtype)
     return _converted(call, x, like.dtype, call.step.types[1])
 
 
@@ -198,7 +259,7 @@ def _where(call: Call, condition: Tensor, a: Any, b: Any) -> Tensor:
 
 def _where_known(call: Call, condition: Host, a: Host, b: Host) -> Host:
     pick = np.frompyfunc(lambda condition, x, y: x if condition else y, 3, 1)
-    return Host(np.asarray(pick(condition.array, a.array, b.array), dtype=object), a.dtype)
+    return Host(np.asarray(pick(*broadcast(condition, a, b)), dtype=object), a.dtype)
 
 
 def _shift(call: Call, x: Tensor, by: Tensor) -> Tensor:
@@ -212,23 +273,23 @@ def _is_inf(call: Call, x: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Operator] = {
-    "Add": _binary(torch.add, operator.add),
-    "Sub": _binary(lambda a, b: torch.sub(a, b) if isinstance(a, Tensor) else a - b, operator.sub),
-    "Mul": _binary(torch.mul, operator.mul),
-    "Div": _binary(_divide, _divide_known),
-    "Pow": _binary(
-        lambda a, b: torch.pow(a, b).to(a.dtype) if isinstance(a, Tensor) else torch.pow(a, b), _power_known
+    "Add": _binary(torch.add, np.add, _untyped(operator.add)),
+    "Sub": _binary(
+        lambda a, b: torch.sub(a, b) if isinstance(a, Tensor) else a - b, np.subtract, _untyped(operator.sub)
     ),
+    "Mul": _binary(torch.mul, np.multiply, times),
+    "Div": _binary(_divide, _divide_known, over),
+    "Pow": Operator(run=_power, host=_power_known, weights=EVERY, numbers=True),
     "Mod": Operator(run=_modulo, host=_modulo_known),
-    "Max": _variadic(torch.maximum, torch.sym_max),
-    "Min": _variadic(torch.minimum, torch.sym_min),
-    "Sum": _variadic(torch.add, operator.add),
+    "Max": _variadic(torch.maximum, np.maximum, torch.sym_max),
+    "Min": _variadic(torch.minimum, np.minimum, torch.sym_min),
+    "Sum": _variadic(torch.add, np.add, operator.add),
     "Mean": Operator(run=_mean, weights=EVERY),
-    "Neg": _unary(torch.neg, operator.neg),
-    "Abs": _unary(torch.abs, abs),
+    "Neg": _unary(torch.neg, np.negative, _untyped(operator.neg)),
+    "Abs": _unary(torch.abs, np.abs, _untyped(abs)),
     "Sign": _unary(torch.sign),
-    "Reciprocal": _unary(torch.reciprocal, lambda x: 1 / x),
-    "Sqrt": _unary(torch.sqrt, torch.sym_sqrt if hasattr(torch, "sym_sqrt") else math.sqrt),
+    "Reciprocal": _unary(torch.reciprocal, np.reciprocal, lambda dtype, x: over(dtype, 1.0, x)),
+    "Sqrt": _unary(torch.sqrt, np.sqrt, _untyped(torch.sym_sqrt)),
     "Exp": _unary(torch.exp),
     "Log": _unary(torch.log),
     "Sin": _unary(torch.sin),
@@ -243,25 +304,25 @@ OPERATORS: dict[str, Operator] = {
     "Acosh": _unary(torch.acosh),
     "Atanh": _unary(torch.atanh),
     "Erf": _unary(torch.erf),
-    "Floor": _unary(torch.floor, lambda x: torch.sym_float(math.floor(x))),
-    "Ceil": _unary(torch.ceil, lambda x: torch.sym_float(math.ceil(x))),
-    "Round": _unary(torch.round, lambda x: torch.sym_float(round(x))),
+    "Floor": _rounding(torch.floor, np.floor, "floor"),
+    "Ceil": _rounding(torch.ceil, np.ceil, "ceil"),
+    "Round": _rounding(torch.round, np.rint, "round"),
     "IsNaN": _unary(torch.isnan),
     "IsInf": Operator(run=_is_inf),
-    "Not": _unary(torch.logical_not, operator.not_),
+    "Not": _unary(torch.logical_not, np.logical_not, _untyped(operator.not_)),
     "BitwiseNot": _unary(torch.bitwise_not),
-    "And": _binary(torch.logical_and, lambda a, b: bool(a) and bool(b), truth=True),
-    "Or": _binary(torch.logical_or, lambda a, b: bool(a) or bool(b), truth=True),
-    "Xor": _binary(torch.logical_xor, lambda a, b: bool(a) != bool(b), truth=True),
-    "BitwiseAnd": _binary(torch.bitwise_and, operator.and_),
-    "BitwiseOr": _binary(torch.bitwise_or, operator.or_),
-    "BitwiseXor": _binary(torch.bitwise_xor, operator.xor),
+    "And": _binary(torch.logical_and, np.logical_and, _untyped(lambda a, b: bool(a) and bool(b)), truth=True),
+    "Or": _binary(torch.logical_or, np.logical_or, _untyped(lambda a, b: bool(a) or bool(b)), truth=True),
+    "Xor": _binary(torch.logical_xor, np.logical_xor, _untyped(lambda a, b: bool(a) != bool(b)), truth=True),
+    "BitwiseAnd": _binary(torch.bitwise_and, np.bitwise_and, _untyped(operator.and_)),
+    "BitwiseOr": _binary(torch.bitwise_or, np.bitwise_or, _untyped(operator.or_)),
+    "BitwiseXor": _binary(torch.bitwise_xor, np.bitwise_xor, _untyped(operator.xor)),
     "BitShift": Operator(run=_shift),
-    "Equal": _binary(torch.eq, operator.eq, truth=True),
-    "Greater": _binary(torch.gt, operator.gt, truth=True),
-    "GreaterOrEqual": _binary(torch.ge, operator.ge, truth=True),
-    "Less": _binary(torch.lt, operator.lt, truth=True),
-    "LessOrEqual": _binary(torch.le, operator.le, truth=True),
+    "Equal": _binary(torch.eq, np.equal, _untyped(operator.eq), truth=True),
+    "Greater": _binary(torch.gt, np.greater, _untyped(operator.gt), truth=True),
+    "GreaterOrEqual": _binary(torch.ge, np.greater_equal, _untyped(operator.ge), truth=True),
+    "Less": _binary(torch.lt, np.less, _untyped(operator.lt), truth=True),
+    "LessOrEqual": _binary(torch.le, np.less_equal, _untyped(operator.le), truth=True),
     "Where": Operator(run=_where, host=_where_known, weights=(1, 2)),
     "Clip": Operator(run=_clip, numbers=True),
     "Cast": Operator(run=_cast, host=_cast_known),

@@ -1,0 +1,164 @@
+"""What a file computes of sizes, while it is imported: in the file's types, within bounds, or refused by name."""
+
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from slimgraph.importers.onnx.importer import import_onnx
+from slimgraph.importers.onnx.read import read_model
+from slimgraph.importers.onnx.table import steps_of
+from slimgraph.importers.steps import Interpreted
+
+
+def model(nodes, *, x=("n", 3, "h", "w"), constants=None, outputs=("y",), made=TensorProto.INT64, opset=18):
+    """Nodes (kind, inputs, outputs, attributes), named after their first outputs; the input _ is left out."""
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                kind,
+                [n.strip("_") for n in given.split()],
+                results.split(),
+                name=f"at_{results.split()[0]}",
+                **attributes,
+            )
+            for kind, given, results, attributes in nodes
+        ],
+        "sizes",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info(name, made, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def interpreted(tmp_path, proto, x):
+    """The outputs as computed operator by operator, all sizes known."""
+    onnx.save(proto, tmp_path / "model.onnx")
+    read = read_model(tmp_path / "model.onnx")
+    outputs = [value.name for value in read.graph.outputs]
+    module = Interpreted(steps_of(read.graph, read.opsets), ["x"], outputs, read.graph.tensors)
+    return [value.detach().numpy() for value in module(torch.from_numpy(x)).values()]
+
+
+def runtime(proto, x):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x})
+
+
+def assert_as_runtime(tmp_path, proto, *sizes):
+    x = np.zeros(sizes, np.float32)
+    for wanted, got in zip(runtime(proto, x), interpreted(tmp_path, proto, x), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+
+
+def scaled(factor, rounding="Floor", kind="Mul", to=TensorProto.FLOAT, dtype=np.float32):
+    """y: the sizes of x, each times the factor and rounded."""
+    nodes = [
+        ("Shape", "x", "shape", {}),
+        ("Cast", "shape", "sizes", {"to": to}),
+        (kind, "sizes factor", "larger", {}),
+        *([(rounding, "larger", "whole", {})] if rounding else []),
+        ("Cast", "whole" if rounding else "larger", "y", {"to": TensorProto.INT64}),
+    ]
+    return model(nodes, constants={"factor": dtype(factor)})
+
+
+def test_one_hundred_and_thirty_times_seven_tenths_is_ninety_one_in_32_bits(tmp_path):
+    assert math.floor(130 * float(np.float32(0.7))) == 90  # in 64 bits, the factor is too small
+    assert interpreted(tmp_path, scaled(0.7), np.zeros((1, 3, 130, 10), np.float32))[0].tolist() == [0, 2, 91, 7]
+
+
+@pytest.mark.parametrize("rounding", ["Floor", "Ceil", "Round", ""])
+@pytest.mark.parametrize(("kind", "factor"), [("Mul", 0.7), ("Mul", 1.3), ("Mul", 0.6), ("Div", 0.7), ("Div", 3.0)])
+def test_sizes_are_rounded_where_onnx_runtime_rounds_them(kind, factor, rounding, tmp_path):
+    for height in (10, 25, 130, 630, 1000):
+        assert_as_runtime(tmp_path, scaled(factor, rounding, kind), 1, 3, height, height + 3)
+
+
+def test_sizes_in_16_and_64_bits_are_computed_so(tmp_path):
+    assert_as_runtime(tmp_path, scaled(0.7, "Floor", to=TensorProto.FLOAT16, dtype=np.float16), 1, 3, 130, 2049)
+    assert_as_runtime(tmp_path, scaled(0.7, "Floor", to=TensorProto.DOUBLE, dtype=np.float64), 1, 3, 130, 10)
+
+
+@pytest.mark.parametrize(("to", "dtype"), [(TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16")])
+def test_half_types_stay_what_they_are(to, dtype, tmp_path):
+    nodes = [
+        ("Shape", "x", "shape", {}),
+        ("Cast", "shape", "sizes", {"to": to}),
+        ("Mul", "sizes sizes", "squares", {}),
+        ("Cast", "squares", "y", {"to": TensorProto.FLOAT}),
+        ("CastLike", "x squares", "z", {}),
+    ]
+    proto = model(nodes, outputs=("y", "z"), made=0)
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    proto.graph.output[1].type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(proto, tmp_path / "model.onnx")
+    read = read_model(tmp_path / "model.onnx")
+    module = Interpreted(steps_of(read.graph, read.opsets), ["x"], ["y", "z"], read.graph.tensors)
+    found = module(torch.zeros(1, 3, 51, 1001))
+    kind = getattr(torch, dtype)
+    sizes = torch.tensor([1.0, 3.0, 51.0, 1001.0]).to(kind)
+    torch.testing.assert_close(found["y"], (sizes * sizes).float(), rtol=0, atol=0)
+    assert found["z"].dtype == kind
+
+
+def test_integers_divide_towards_zero_and_wrap_round_as_in_onnx_runtime(tmp_path):
+    nodes = [
+        ("Shape", "x", "shape", {}),
+        ("Sub", "shape ten", "less", {}),
+        ("Div", "less four", "quotient", {}),
+        ("Mod", "less four", "rest", {}),
+        ("Mul", "less huge", "product", {}),
+        ("Cast", "product", "narrow", {"to": TensorProto.INT32}),
+        ("Pow", "less three", "cube", {}),
+        ("Min", "less four rest", "least", {}),
+    ]
+    constants = {name: np.int64(value) for name, value in {"ten": 10, "four": 4, "huge": 2**62 + 3, "three": 3}.items()}
+    outputs = ("quotient", "rest", "product", "cube", "least")
+    assert_as_runtime(tmp_path, model(nodes, constants=constants, outputs=outputs), 1, 3, 17, 8)
+
+
+def test_a_free_size_times_seven_tenths_is_rounded_as_in_onnx_runtime(tmp_path):
+    path = tmp_path / "model.onnx"
+    proto = model(_sized_by(0.7), x=("n", 2, "h", "w"), constants=_factors(0.7), made=TensorProto.FLOAT)
+    onnx.save(proto, path)
+    program = import_onnx(path)
+    assert program.signature.inputs[0].shape == ("batch", 2, "h", "w")
+    for height, width in ((10, 130), (20, 65), (640, 333)):
+        x = np.random.default_rng(height).normal(size=(2, 2, height, width)).astype(np.float32)
+        wanted = torch.from_numpy(runtime(proto, x)[0])
+        assert program(torch.from_numpy(x)).shape == wanted.shape
+
+
+def test_a_free_size_is_fixed_where_32_bits_round_it_like_no_fraction(tmp_path):
+    path = tmp_path / "model.onnx"
+    proto = model(_sized_by(1.3), x=("n", 2, "h", 60), constants=_factors(1.3), made=TensorProto.FLOAT)
+    onnx.save(proto, path)
+    program = import_onnx(path)
+    assert program.signature.inputs[0].shape == ("batch", 2, 64, 60)
+    assert "differ for some sizes" in str(program.history[0].parameters)
+
+
+def _factors(factor):
+    return {"factors": np.array([factor, factor], np.float32), "two": np.array([2], np.int64)}
+
+
+def _sized_by(factor):
+    """y: x, its height and width times the factor."""
+    return [
+        ("Shape", "x", "samples", {"end": 2}),
+        ("Shape", "x", "plane", {"start": 2}),
+        ("Cast", "plane", "sizes", {"to": TensorProto.FLOAT}),
+        ("Mul", "sizes factors", "larger", {}),
+        ("Floor", "larger", "whole", {}),
+        ("Cast", "whole", "wanted", {"to": TensorProto.INT64}),
+        ("Concat", "samples wanted", "all", {"axis": 0}),
+        ("Resize", "x _ _ all", "y", {"mode": "nearest"}),
+    ]
