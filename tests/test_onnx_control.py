@@ -6,13 +6,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_examples import CASES, assert_equal, run, takes_and_gives_tensors, to_torch
 from onnx_judge import judged
 from slimgraph.errors import ModelImportError
 from slimgraph.importers import steps
 from slimgraph.importers.onnx import control
 from slimgraph.importers.onnx.importer import import_onnx
 from slimgraph.importers.onnx.read import parse_model
-from test_onnx_node_cases import CASES, assert_equal, run, takes_and_gives_tensors, to_torch
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
@@ -95,6 +95,75 @@ def test_a_branch_in_a_branch_reads_what_is_around_both(tmp_path):
         "else_branch": scaled("else", [1, 1, 1]),
     }
     judged(save(tmp_path, [("If", "c", "y", outer)], constants={"c": np.array(True)}))
+
+
+def random(name):
+    """A branch with an operator that no program has; ONNX Runtime has it."""
+    return graph(name, [("RandomNormalLike", "x", f"{name}_y", {})], (), [f"{name}_y"], {})
+
+
+@pytest.mark.parametrize(
+    ("makes", "constants"),
+    [
+        ([], {"c": np.array(True)}),
+        ([("Cast", "one", "c", {"to": BOOL})], {"one": np.array(1)}),  # as functions with a flag become
+        ([("Equal", "one one", "e", {}), ("Not", "e", "n", {}), ("Not", "n", "c", {})], {"one": np.array(1)}),
+    ],
+)
+def test_what_stands_in_a_branch_that_never_runs_does_not_matter(tmp_path, makes, constants):
+    branches = {"then_branch": scaled("then", [1, 2, 3]), "else_branch": random("else")}
+    program = judged(save(tmp_path, [*makes, ("If", "c", "y", branches)], constants=constants))
+    assert operators(program) == ["mul"]
+
+
+def test_nor_does_what_is_computed_for_that_branch_alone(tmp_path):
+    unused = graph("else", [("Neg", "noise", "else_y", {})], (), ["else_y"], {})
+    lines = [
+        ("RandomNormalLike", "x", "noise", {}),
+        ("If", "c", "y", {"then_branch": scaled("then", [1, 2, 3]), "else_branch": unused}),
+    ]
+    judged(save(tmp_path, lines, constants={"c": np.array(True)}))
+
+
+def test_a_branch_chosen_by_shapes_is_found_while_tracing(tmp_path):
+    lines = [
+        ("Shape", "x", "shape", {"start": 1}),
+        ("Equal", "shape three", "c", {}),
+        ("If", "c", "y", {"then_branch": scaled("then", [1, 2, 3]), "else_branch": random("else")}),
+    ]
+    path = save(tmp_path, lines, constants={"three": np.array([3])})
+    judged(path)
+    with pytest.raises(ModelImportError, match="RandomNormalLike of ONNX, version 21, at 'RandomNormalLike_of_else_y'"):
+        import_onnx(save(tmp_path, lines, constants={"three": np.array([4])}))
+
+
+def test_values_of_several_branches_that_run_are_kept_apart(tmp_path):
+    def branch(name, read, by):
+        return graph(name, [("Mul", f"{read} factor", "t", {}), ("Neg", "t", "u", {})], (), ["u"], {"factor": by})
+
+    def branches(read, by):
+        by = np.float32(by)
+        return {"then_branch": branch("then", read, by), "else_branch": branch("else", read, -by)}
+
+    # A loop in the second one reads a value that gets another name.
+    second = branches("z", [4, 5, 6])
+    turn = body(("Add", "a t", "a2", {}))
+    second["then_branch"].node.insert(1, *nodes(("Loop", "three c t", "v", {"body": turn})))
+    second["then_branch"].node[-1].input[0] = "v"
+    lines = [("If", "c", "z", branches("x", [1, 2, 3])), ("If", "c", "y", second)]
+    program = judged(save(tmp_path, lines, constants={"c": np.array(True), "three": np.array(3)}))
+    assert sorted(p.tolist() for p in program.parameters()) == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_branch_may_give_what_is_stored_in_it(tmp_path):
+    both = {
+        "then_branch": graph("then", [("Identity", "x", "h", {})], (), ["h", "row"], {"row": np.float32([1, 2, 3])}),
+        "else_branch": graph("else", [("Neg", "x", "n", {})], (), ["n", "row2"], {"row2": np.float32([4, 5, 6])}),
+    }
+    program = judged(
+        save(tmp_path, [("If", "c", "a b", both), ("Add", "a b", "y", {})], constants={"c": np.array(True)})
+    )
+    assert operators(program) == ["add"]
 
 
 def test_a_condition_on_data_is_refused_by_name(tmp_path):

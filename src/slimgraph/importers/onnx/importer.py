@@ -6,9 +6,10 @@ from collections.abc import Collection
 import torch
 
 from slimgraph.errors import ModelImportError
+from slimgraph.importers.onnx.branches import without_branches
 from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
-from slimgraph.importers.onnx.table import OLDEST, steps_of
+from slimgraph.importers.onnx.table import OLDEST, require_version, steps_of
 from slimgraph.importers.onnx.tail import NotPostProcessingError, Split, decided_by_data, owner_of, split_at, tail_of
 from slimgraph.importers.steps import Interpreted, UndecidableError
 from slimgraph.importers.trace import Input, InputShapes, trace
@@ -31,7 +32,7 @@ def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | Non
     Args:
         path: a `.onnx` file; its weights may lie in files beside it.
         input_shapes: sizes of axes that the file leaves open, by input or in order: they are fixed to these. 0 leaves
-            one free.
+            one free, and so does 1 for the first axis: one sample stands for any number of them.
     Raises:
         ModelImportError: the file is missing, damaged, contradicts itself, or uses what cannot become a program.
     """
@@ -40,12 +41,8 @@ def import_onnx(path: str | os.PathLike[str], *, input_shapes: InputShapes | Non
 
 def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
     """The program of a model that was read."""
-    version = model.opsets.get("", OLDEST)
-    if version < OLDEST:
-        raise ModelImportError(
-            f"The model uses version {version} of ONNX's operators; read are versions from {OLDEST} on. Convert it "
-            "with onnx.version_converter."
-        )
+    require_version(model)
+    model = without_branches(model)
     cut = decided_by_data(model)
     split, refusal = _split(model, cut)
     if split is None:  # the trace tells better what cannot be had

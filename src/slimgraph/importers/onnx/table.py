@@ -1,8 +1,11 @@
 """Every operator that can be imported, by domain and name: the families together."""
 
 from collections.abc import Mapping
+from functools import cache
 from itertools import count
 from typing import Any
+
+from onnx import defs
 
 from slimgraph.errors import ModelImportError, closest
 from slimgraph.importers.onnx import (
@@ -26,7 +29,7 @@ from slimgraph.importers.onnx import (
     signals,
     unsigned,
 )
-from slimgraph.importers.onnx.graph import Graph, Node
+from slimgraph.importers.onnx.graph import Graph, Model, Node
 from slimgraph.importers.steps import Body, Operator, Step
 
 OPERATORS: Mapping[str, Mapping[str, Operator]] = {
@@ -60,30 +63,71 @@ OPERATORS: Mapping[str, Mapping[str, Operator]] = {
 _OF_ONE_PROCESSOR = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
 """What ONNX Runtime writes at its highest level of optimization."""
 
+_OF_EVERY_VERSION = ("LayerNormalization", "ThresholdedRelu")
+"""ONNX Runtime has these in versions that did not have them yet, and its optimizer writes the first into such files."""
+
 OLDEST = 7
 """The first version of ONNX's operators that broadcasts as NumPy does."""
 
 
+def require_version(model: Model) -> None:
+    """Refuse a model whose standard operators are older than the oldest that are read.
+
+    Raises:
+        ModelImportError: they are.
+    """
+    version = model.opsets.get("", OLDEST)
+    if version < OLDEST:
+        raise ModelImportError(
+            f"The model uses version {version} of ONNX's operators; read are versions from {OLDEST} on. Convert it "
+            "with onnx.version_converter."
+        )
+
+
 def find(node: Node, opsets: Mapping[str, int]) -> Operator | None:
-    """The operator of a node, or None where it cannot be imported."""
+    """The operator of a node; None where it cannot be imported, or the version of its domain has no such operator."""
+    if _gone(node.operator, node.domain, opsets.get(node.domain, 0)):
+        return None
     return OPERATORS.get(node.domain, {}).get(node.operator)
+
+
+@cache
+def _gone(operator: str, domain: str, version: int) -> str:
+    """Why a version of a domain does not have an operator that another one has; empty where it does, or none has it."""
+    if not defs.has(operator, domain) or operator in _OF_EVERY_VERSION:
+        return ""
+    try:
+        schema = defs.get_schema(operator, version, domain)
+    except defs.SchemaError:
+        return f"It came with version {_first(operator, domain, version)}."
+    return f"It was given up with version {schema.since_version}." if schema.deprecated else ""
+
+
+def _first(operator: str, domain: str, before: int) -> int:
+    return next(version for version in count(before + 1) if defs.has(operator, version, domain))
 
 
 def steps_of(graph: Graph, opsets: Mapping[str, int]) -> list[Step]:
     """The nodes of a graph as steps, those of the graphs inside them too.
 
+    In the branches of an `If`, an operator that cannot be imported is an error when it runs, since perhaps it never
+    does.
+
     Raises:
-        ModelImportError: an operator cannot be imported; the message names it and the closest ones.
+        ModelImportError: another operator cannot be imported; the message names it and the closest ones.
     """
     return list(_body(graph, opsets, set(), {}).steps)
 
 
-def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Mapping[str, str]) -> Body:
+def _body(
+    graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Mapping[str, str], *, is_branch: bool = False
+) -> Body:
     """A graph as what an operator runs.
 
     Args:
         taken: names in the graphs so far. Two branches may store different tensors under one name, the model may not.
         renamed: new names of tensors in the graphs around this one.
+        is_branch: whether it may never run.
     """
     own = {
         *graph.tensors,
@@ -100,10 +144,12 @@ def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Map
 
     types = {**{value.name: value.type for value in graph.inputs}, **graph.types}
 
-    def converted(attribute: Any) -> Any:
+    def converted(attribute: Any, is_branch: bool) -> Any:
         if isinstance(attribute, tuple):
-            return tuple(converted(part) for part in attribute)
-        return _body(attribute, opsets, taken, names) if isinstance(attribute, Graph) else attribute
+            return tuple(converted(part, is_branch) for part in attribute)
+        if not isinstance(attribute, Graph):
+            return attribute
+        return _body(attribute, opsets, taken, names, is_branch=is_branch)
 
     return Body(
         name=graph.name,
@@ -111,10 +157,13 @@ def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Map
             Step(
                 name=node.name,
                 kind=node.operator,
-                operator=_known(node, opsets),
+                operator=find(node, opsets) or _missing(node, opsets, is_branch),
                 inputs=tuple(names.get(name, name) for name in node.inputs),
                 outputs=node.outputs,
-                attributes={name: converted(attribute) for name, attribute in node.attributes.items()},
+                attributes={
+                    name: converted(attribute, is_branch or node.operator == "If")
+                    for name, attribute in node.attributes.items()
+                },
                 version=opsets.get(node.domain, 0),
                 types=tuple(types.get(name, "") for name in node.inputs),
             )
@@ -126,19 +175,29 @@ def _body(graph: Graph, opsets: Mapping[str, int], taken: set[str], renamed: Map
     )
 
 
-def _known(node: Node, opsets: Mapping[str, int]) -> Operator:
-    operator = find(node, opsets)
-    if operator is not None:
-        return operator
-    known = OPERATORS.get(node.domain)
+def _missing(node: Node, opsets: Mapping[str, int], is_branch: bool) -> Operator:
+    if not is_branch:
+        raise ModelImportError(refusal(node, opsets))
+
+    def run(*_: Any) -> Any:
+        raise ModelImportError(refusal(node, opsets))
+
+    return Operator(run=run)
+
+
+def refusal(node: Node, opsets: Mapping[str, int]) -> str:
+    """What to say of a node whose operator cannot be imported."""
+    known, version = OPERATORS.get(node.domain), opsets.get(node.domain, 0)
     where = f"the domain {node.domain!r}" if node.domain else "ONNX"
     if node.domain in _OF_ONE_PROCESSOR:
         what = "Its weights are laid out for one processor: write the model at the level ORT_ENABLE_EXTENDED at most."
+    elif gone := _gone(node.operator, node.domain, version):
+        what = f"{gone} Export the model again, or convert it with onnx.version_converter."
     elif known is None:
         what = f"Known domains: {', '.join(repr(name) for name in OPERATORS)}."
     else:
         what = closest(node.operator, known)
-    raise ModelImportError(
-        f"The operator {node.operator} of {where}, version {opsets.get(node.domain, 0)}, at {node.name!r} "
+    return (
+        f"The operator {node.operator} of {where}, version {version}, at {node.name!r} "
         f"cannot be imported. {what} `slimgraph inspect --coverage` lists what a model needs."
     )
