@@ -33,7 +33,7 @@ def import_paddle(
             file of the model, whose parameters lie beside it.
         model_filename, params_filename: names of the two files in the folder, where it has several or others.
         input_shapes: sizes of axes that the file leaves open, by input or in order: they are fixed to these. 0 leaves
-            one free.
+            one free, and so does 1 for the first axis: one sample stands for any number of them.
     Raises:
         ModelImportError: a file is missing, damaged, contradicts itself, or uses what cannot become a program.
     """
