@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.host import product
-from slimgraph.importers.steps import Call, Operator
+from slimgraph.importers.steps import Call, Operator, require_room
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX_POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+_MOST_PLACES = 1024
+"""Of the kernel of a deformable convolution: each becomes operators of its own."""
 
 
 def _spatial(call: Call, table: dict[int, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
@@ -49,7 +52,12 @@ def window(call: Call, x: Tensor, kernel: list[int]) -> tuple[list[int], list[in
 def padded(x: Tensor, before: list[Any], after: list[Any], value: float = 0.0) -> Tensor:
     """x with its last axes padded by a number; negative paddings crop."""
     pads = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
-    return F.pad(x, pads, value=value) if any(not isinstance(size, int) or size for size in pads) else x
+    if not any(not isinstance(size, int) or size for size in pads):
+        return x
+    axes = len(before)
+    grown = [size + b + a for size, b, a in zip(x.shape[x.dim() - axes :], before, after, strict=True)]
+    require_room([*x.shape[: x.dim() - axes], *grown])
+    return F.pad(x, pads, value=value)
 
 
 def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,6 +79,12 @@ def _deform_conv(
     groups, parts = call.int("group", 1), call.int("offset_group", 1)
     rows, columns = offset.shape[2:]
     n, channels, h, w = x.shape
+    if height * width > _MOST_PLACES:
+        raise call.error(f"its kernel has {height} × {width} places, and more than {_MOST_PLACES} are not unrolled")
+    moved = 2 * height * width * parts
+    if offset.shape[1] != moved:
+        raise call.error(f"its offsets have {offset.shape[1]} channels, and its kernel asks for {moved}")
+    require_room([n, channels, rows, columns])
     split = x.reshape(n * parts, channels // parts, h, w)
     moves = offset.reshape(n * parts, height * width, 2, rows, columns)
     weights = None if mask is None else mask.reshape(n * parts, height * width, 1, rows, columns)
@@ -81,8 +95,9 @@ def _deform_conv(
         i, j = divmod(place, width)
         y = top + i * dilations[0] + moves[:, place, 0]
         z = left + j * dilations[1] + moves[:, place, 1]
-        grid = torch.stack((z * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1), dim=-1)
-        seen = F.grid_sample(split, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        # Pixels count as areas, since one pixel alone has no corner opposite.
+        grid = torch.stack(((2 * z + 1) / w - 1, (2 * y + 1) / h - 1), dim=-1)
+        seen = F.grid_sample(split, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         seen = seen if weights is None else seen * weights[:, place]
         part = F.conv2d(seen.reshape(n, channels, rows, columns), weight[:, :, i : i + 1, j : j + 1], groups=groups)
         total = part if total is None else total + part
@@ -99,20 +114,29 @@ def _conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None =
     pads = call.ints("pads") or [0] * (2 * axes)
     auto = call.text("auto_pad", "NOTSET")
     wanted = call.ints("output_shape")
+    reach = [
+        s * (size - 1) + e + (k - 1) * d + 1
+        for size, s, e, k, d in zip(x.shape[2:], strides, extra, kernel, dilations, strict=True)
+    ]
+    group = call.int("group", 1)
+    require_room([x.shape[0], weight.shape[1] * group, *reach])
     if wanted is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         shape = wanted or [size * s for size, s in zip(x.shape[2:], strides, strict=True)]
         pads = [0] * (2 * axes)
         for axis, size in enumerate(shape[-axes:]):
-            reach = strides[axis] * (x.shape[axis + 2] - 1) + extra[axis] + (kernel[axis] - 1) * dilations[axis] + 1
-            total = reach - size
+            beyond = torch.sym_max(size - reach[axis], 0)  # lies behind, as in ONNX Runtime
+            total = reach[axis] - size + beyond
             small, large = total // 2, total - total // 2
             pads[axis], pads[axis + axes] = (small, large) if auto == "SAME_UPPER" else (large, small)
+            pads[axis + axes] = pads[axis + axes] - beyond
     before, after = pads[:axes], pads[axes:]
-    group = call.int("group", 1)
-    if before == after and all(isinstance(size, int) and size >= 0 for size in before):
+    only_crops = all(isinstance(size, int) and size >= 0 for size in pads)
+    if before == after and only_crops:
         return convolve(x, weight, bias, strides, before, extra, group, dilations)
-    whole = convolve(x, weight, bias, strides, [0] * axes, extra, group, dilations)
-    return padded(whole, [-size for size in before], [-size for size in after])
+    whole = convolve(x, weight, bias if only_crops else None, strides, [0] * axes, extra, group, dilations)
+    result = padded(whole, [-size for size in before], [-size for size in after])
+    # Where no input reaches is a bias too.
+    return result if bias is None or only_crops else result + bias.reshape([-1] + [1] * axes)
 
 
 def _last_windows(
@@ -184,6 +208,7 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
 
 def _sums(call: Call, x: Tensor, kernel: list[int], strides: list[int], dilations: list[int]) -> Tensor:
     """Sum of each window of each channel."""
+    require_room(kernel)
     ones = torch.ones((1, 1, *kernel), dtype=x.dtype, device=x.device)
     convolve = _spatial(call, _CONVOLUTIONS, x)
     return (
@@ -246,6 +271,7 @@ def _max_unpool(call: Call, x: Tensor, indices: Tensor, shape: Any = None) -> Te
         for axis, (size, s, k) in enumerate(zip(x.shape[2:], strides, kernel, strict=True))
     ]
     full = list(x.shape[:2]) + sizes
+    require_room(full)
     flat = torch.zeros(full, dtype=x.dtype, device=x.device).reshape(-1)
     result = flat.scatter(0, indices.reshape(-1), x.reshape(-1)).reshape(full)
     if shape is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimgraph.importers.host import Host
 from slimgraph.importers.onnx import convolution
 from slimgraph.importers.onnx.tensors import element, type_name
-from slimgraph.importers.steps import Call, Operator
+from slimgraph.importers.steps import Call, Operator, require_room
 from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 
 QUANTIZE_CHANNELS = torch.ops.quantized_decomposed.quantize_per_channel.default
@@ -173,6 +173,7 @@ def _spread(value: Any, x: Tensor, axis: int, block: int) -> Any:
     if value.numel() == 1:
         return value.reshape(())
     if block and value.dim() == x.dim():
+        require_room([*value.shape, block])
         return value.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
     if value.dim() == 1:
         if value.shape[0] != x.shape[axis]:

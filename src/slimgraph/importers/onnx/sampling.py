@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimgraph.importers.host import Host, product
 from slimgraph.importers.onnx.convolution import padded
-from slimgraph.importers.steps import Call, Operator
+from slimgraph.importers.steps import Call, Operator, require_room
 
 _GRID_MODES = {"bilinear": "bilinear", "linear": "bilinear", "bicubic": "bicubic", "cubic": "bicubic"}
 """The names of versions 16 and 20, and PyTorch's."""
@@ -25,9 +25,13 @@ def _columns_to_image(call: Call, x: Tensor, image: Host, block: Host) -> Tensor
         fold: Callable[..., Tensor] = F.fold
         return fold(x, sizes, kernel, dilations, before, strides)
     whole = [size + b + a for size, b, a in zip(sizes, before, after, strict=True)]
+    counts = [
+        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(whole, kernel, strides, dilations, strict=True)
+    ]
+    require_room([*kernel, *counts])
+    require_room([*x.shape[:2], *whole])
     place = torch.zeros((), dtype=torch.int64, device=x.device)
-    for axis, (size, k, s, d) in enumerate(zip(whole, kernel, strides, dilations, strict=True)):
-        count = (size - d * (k - 1) - 1) // s + 1
+    for axis, (size, count, k, s, d) in enumerate(zip(whole, counts, kernel, strides, dilations, strict=True)):
         inside = torch.arange(k, device=x.device).reshape([-1 if i == axis else 1 for i in range(2 * axes)])
         window = torch.arange(count, device=x.device).reshape([-1 if i == axis + axes else 1 for i in range(2 * axes)])
         place = place * size + window * s + inside * d
@@ -58,11 +62,13 @@ def _grid_sample(call: Call, x: Tensor, grid: Tensor) -> Tensor:
     if x.dim() not in (4, 5) or (x.dim() == 5 and torch_mode == "bicubic"):
         raise call.error(f"PyTorch has no sampling in mode {mode} with {x.dim() - 2} axes")
     corners = bool(call.int("align_corners", 0))
+    require_room([*x.shape[:2], *grid.shape[1:-1]])
     y = F.grid_sample(x, grid, torch_mode, call.text("padding_mode", "zeros"), corners)
     return y.squeeze(2) if line else y
 
 
 def _affine_grid(call: Call, theta: Tensor, size: Host) -> Tensor:
+    require_room(size.numbers)
     return F.affine_grid(theta, size.numbers, bool(call.int("align_corners", 0)))
 
 
@@ -84,6 +90,7 @@ def _roi_align(call: Call, x: Tensor, regions: Tensor, samples: Tensor) -> Tenso
         raise call.error(
             "its sampling_ratio is 0: how many samples it takes depends on the regions, which a program cannot hold"
         )
+    require_room([regions.shape[0], height * count, width * count, x.shape[1]])
     # Version 10 had no half pixels.
     half = call.version >= 16 and call.text("coordinate_transformation_mode", "half_pixel") == "half_pixel"
     left, top, right, bottom = (regions * call.float("spatial_scale", 1.0) - (0.5 if half else 0.0)).unbind(1)

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from slimgraph.importers.host import Host
 from slimgraph.importers.onnx.types import torch_type
-from slimgraph.importers.steps import Call, Operator
+from slimgraph.importers.steps import Call, Operator, require_room
+
+_MOST_MEL_WEIGHTS = 2**22
+"""They are Python numbers on their way into the program."""
 
 
 def _window(make: Callable[..., Tensor], **constants: float) -> Operator:
     def run(call: Call, size: Host) -> Tensor:
         dtype = torch_type(call, call.int("output_datatype", onnx.TensorProto.FLOAT))
+        require_room([size.number])
         wide = dtype if dtype.is_floating_point else torch.float64
         window = make(size.number, periodic=bool(call.int("periodic", 1)), dtype=wide, **constants)
         return window if wide == dtype else window.to(dtype)
@@ -25,6 +29,8 @@ def _window(make: Callable[..., Tensor], **constants: float) -> Operator:
 def _mel_weights(call: Call, bins: Host, length: Host, rate: Host, low: Host, high: Host) -> Tensor:
     """Triangles that overlap, evenly spaced on the mel scale, with corners on the bins of the transform."""
     count = bins.ints[0]
+    if (count + 2) * (length.ints[0] // 2 + 1) > _MOST_MEL_WEIGHTS:
+        raise call.error(f"its matrix would have {length.ints[0] // 2 + 1} × {count} weights")
     low_mel, high_mel = (2595 * np.log10(1 + float(edge.number) / 700) for edge in (low, high))
     # The step is that of `count + 2` intervals, although there are one fewer: so says the definition.
     mel = low_mel + np.arange(count + 2) * (high_mel - low_mel) / (count + 2)
@@ -60,6 +66,8 @@ def _fourier(call: Call, x: Tensor, length: Host | None = None, axis: Host | Non
     size = None if length is None else length.number
     one_sided = bool(call.int("onesided", 0))
     values = _as_complex(x)
+    if size is not None:
+        require_room([2, size, *(other for place, other in enumerate(values.shape) if place != along)])
     if not call.int("inverse", 0):
         return _transform(values, size, along, one_sided=one_sided)
     if one_sided:
@@ -72,6 +80,7 @@ def _short_time_fourier(
 ) -> Tensor:
     size = length.number if length is not None else x.shape[1] if window is None else window.shape[0]
     frames = _as_complex(x).unfold(1, size, step.number)
+    require_room([2, *frames.shape])
     frames = frames if window is None else frames * window
     return _transform(frames, None, 2, one_sided=bool(call.int("onesided", 1)))
 
