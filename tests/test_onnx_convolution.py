@@ -1,4 +1,4 @@
-"""Convolutions and windows of ONNX files at their edges: results beyond the input, images of one pixel, absurd sizes."""
+"""Convolutions and windows of ONNX files at their edges: beyond the input, images of one pixel, absurd sizes."""
 
 import numpy as np
 import pytest
@@ -70,14 +70,14 @@ def by_hand(x, weight, moves):
 
 def test_a_deformable_convolution_with_a_huge_kernel_is_refused_before_it_is_unrolled(tmp_path):
     path = deformable(tmp_path / "m.onnx", height=4, width=4, kernel=(101, 101))
-    with pytest.raises(ModelImportError, match="DeformConv.*101 × 101 places, and more than 1024"):
+    with pytest.raises(ModelImportError, match=r"DeformConv.*101 × 101 places, and more than 1024"):
         import_onnx(path)
 
 
 def test_offsets_of_another_kernel_are_refused(tmp_path):
     nodes = [("Concat", "x x", "moves", {"axis": 1})]
     path = deformable(tmp_path / "m.onnx", height=4, width=4, offset=nodes)
-    with pytest.raises(ModelImportError, match="DeformConv.*offsets have 2 channels, and its kernel asks for 18"):
+    with pytest.raises(ModelImportError, match=r"DeformConv.*offsets have 2 channels, and its kernel asks for 18"):
         import_onnx(path)
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_examples import run
 from onnx_judge import import_onnx, results
 from slimgraph.errors import ModelImportError
+from slimgraph.importers.onnx.read import parse_model
 
 TYPES = {"uint16": TensorProto.UINT16, "uint32": TensorProto.UINT32, "uint64": TensorProto.UINT64}
 
@@ -71,13 +73,15 @@ def test_wide_unsigned_integers_are_compared_as_numbers_without_a_sign(tmp_path,
 def test_wide_unsigned_integers_are_divided_exactly(tmp_path, kind, expected, dtype):
     path = save(tmp_path / "m.onnx", kind, [TYPES[dtype]] * 2, gives=TYPES[dtype])
     a, b = corners(dtype)
+    # Not traced: that tries zeros, by which integers are not divided.
+    model = parse_model(onnx.load(path), folder=None)
     a, b = a[b > 0], b[b > 0]
-    assert np.array_equal(computed(path, a, b), expected(a, b))
+    assert np.array_equal(run(model, {"a": torch.tensor(a), "b": torch.tensor(b)})["y"], expected(a, b))
     random = np.random.default_rng(0)
     a, b = (random.integers(1, np.iinfo(dtype).max, 500, dtype, endpoint=True) for _ in range(2))
     b >>= random.integers(0, np.iinfo(dtype).bits, 500).astype(dtype)
     b[b == 0] = 3
-    assert np.array_equal(computed(path, a, b), expected(a, b))
+    assert np.array_equal(run(model, {"a": torch.tensor(a), "b": torch.tensor(b)})["y"], expected(a, b))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
