@@ -9,13 +9,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from slimgraph.errors import ModelImportError
 from slimgraph.importers.onnx.importer import import_onnx
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import steps_of
 from slimgraph.importers.steps import Interpreted
 
 
-def model(nodes, *, x=("n", 3, "h", "w"), constants=None, outputs=("y",), made=TensorProto.INT64, opset=18):
+def model(nodes, *, x=("n", "c", "h", "w"), constants=None, outputs=("y",), made=TensorProto.INT64, opset=18):
     """Nodes (kind, inputs, outputs, attributes), named after their first outputs; the input _ is left out."""
     graph = helper.make_graph(
         [
@@ -162,3 +163,198 @@ def _sized_by(factor):
         ("Concat", "samples wanted", "all", {"axis": 0}),
         ("Resize", "x _ _ all", "y", {"mode": "nearest"}),
     ]
+
+
+_BIG = 2**20
+"""Numbers that can be known at once."""
+
+
+def _refused(tmp_path, nodes, constants, match, *, sizes=(1, 3, 4, 5), opset=18):
+    """The last node is refused, by name."""
+    proto = model(nodes, constants={key: np.asarray(value) for key, value in constants.items()}, opset=opset)
+    with pytest.raises(ModelImportError, match=match) as error:
+        interpreted(tmp_path, proto, np.zeros(sizes, np.float32))
+    assert nodes[-1][2].split()[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "match"),
+    [
+        pytest.param(
+            [
+                ("Range", "zero most one", "long", {}),
+                ("Unsqueeze", "long last", "tall", {}),
+                ("Mul", "long tall", "y", {}),
+            ],
+            {"zero": 0, "most": _BIG, "one": 1, "last": [1]},
+            "more numbers than",
+            id="a product of a row and a column",
+        ),
+        pytest.param(
+            [
+                ("Range", "zero most one", "long", {}),
+                ("Less", "long one", "no", {}),
+                ("Unsqueeze", "long last", "tall", {}),
+                ("Where", "no tall long", "y", {}),
+            ],
+            {"zero": 0, "most": _BIG, "one": 1, "last": [1]},
+            "more numbers than",
+            id="a choice between a row and a column",
+        ),
+        pytest.param(
+            [("Range", "zero most one", "long", {}), ("Max", " ".join(["long"] * 9), "y", {})],
+            {"zero": 0, "most": _BIG, "one": 1},
+            "more numbers than",
+            id="the largest of many",
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Unsqueeze", "s last", "tall", {}), ("Expand", "tall sizes", "y", {})],
+            {"last": [1], "sizes": [2**40]},
+            "more numbers than",
+            id="an expansion that keeps what is larger",
+        ),
+        pytest.param(
+            [
+                ("Range", "zero most one", "long", {}),
+                ("Unsqueeze", "long last", "tall", {}),
+                ("Expand", "tall sizes", "y", {}),
+            ],
+            {"zero": 0, "most": _BIG, "one": 1, "last": [1], "sizes": [2]},
+            "more numbers than",
+            id="an expansion of many",
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Tile", "s times", "y", {})], {"times": [2**40]}, "more numbers than", id="tiles"
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Reshape", "s flat", "row", {}), ("Tile", "row times", "y", {})],
+            {"flat": [1, 4], "times": [2**62, 0]},
+            "does not fit|too big|too large|maximum|cannot be imported",
+            id="tiles of nothing",
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Tile", "s times", "y", {})],
+            {"times": [-(2**40)]},
+            "shape",
+            id="tiles below zero",
+        ),
+        pytest.param(
+            [
+                ("Range", "zero most one", "long", {}),
+                ("Unsqueeze", "long first", "row", {}),
+                ("Expand", "row one_row", "rows", {}),
+                ("Gather", "rows picks", "y", {"axis": 0}),
+            ],
+            {"zero": 0, "most": _BIG, "one": 1, "first": [0], "one_row": [1, 1], "picks": [0] * 2000},
+            "more numbers than",
+            id="rows picked again and again",
+        ),
+        pytest.param(
+            [("Range", "zero most one", "long", {}), ("Concat", " ".join(["long"] * 3), "y", {"axis": 0})],
+            {"zero": 0, "most": _BIG, "one": 1},
+            "more numbers than",
+            id="a concatenation of many",
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Split", "s", "y z", {"num_outputs": 2**40})], {}, "num_outputs", id="many parts"
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Split", "s sizes", "y z", {})],
+            {"sizes": [5, -1]},
+            "splits 4",
+            id="less than none",
+        ),
+        pytest.param(
+            [("Range", "low high one", "y", {})],
+            {"low": -(2**62), "high": 2**62, "one": 1},
+            "more numbers than",
+            id="count",
+        ),
+        pytest.param(
+            [("Range", "low high step", "y", {})], {"low": 0, "high": 1, "step": 0}, "steps of 0", id="no steps"
+        ),
+        pytest.param(
+            [("ConstantOfShape", "sizes", "y", {})], {"sizes": [2**31, 2**31]}, "more than", id="a tensor of no end"
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Div", "s zero", "y", {})], {"zero": 0}, "by zero", id="a division by zero"
+        ),
+        pytest.param(
+            [("Shape", "x", "s", {}), ("Mod", "s zero", "y", {})], {"zero": 0}, "by zero", id="the rest of one"
+        ),
+    ],
+)
+def test_what_would_be_too_much_is_refused_before_it_is_there(nodes, constants, match, tmp_path):
+    _refused(tmp_path, nodes, constants, match)
+
+
+@pytest.mark.parametrize("of", ["s", "x"], ids=["known", "tensor"])
+@pytest.mark.parametrize(
+    ("node", "constants"),
+    [
+        (("Unsqueeze", "{} axes", "y", {}), {"axes": [9]}),
+        (("Unsqueeze", "{} axes", "y", {}), {"axes": [-9]}),
+        (("Unsqueeze", "{} axes", "y", {}), {"axes": [0, 0]}),
+        (("Squeeze", "{} axes", "y", {}), {"axes": [4]}),
+        (("Slice", "{} low high axes", "y", {}), {"low": [0], "high": [1], "axes": [5]}),
+        (("Slice", "{} low high axes", "y", {}), {"low": [0], "high": [1], "axes": [-5]}),
+        (("Slice", "{} low high", "y", {}), {"low": [0] * 5, "high": [1] * 5}),
+        (("Gather", "{} low", "y", {"axis": 4}), {"low": [0]}),
+        (("Split", "{}", "y", {"axis": 4, "num_outputs": 1}), {}),
+    ],
+)
+def test_an_axis_beyond_the_rank_is_refused(node, constants, of, tmp_path):
+    kind, given, made, rest = node
+    _refused(tmp_path, [("Shape", "x", "s", {}), (kind, given.format(of), made, rest)], constants, "ax|[Dd]imension")
+
+
+def test_a_padded_axis_beyond_the_rank_is_refused(tmp_path):
+    nodes = [("Pad", "x pads _ axes", "y", {})]
+    _refused(tmp_path, nodes, {"pads": [1, 1], "axes": [4]}, "its axes are \\[4\\], and there are 4")
+
+
+def test_a_free_axis_cannot_be_squeezed(tmp_path):
+    proto = model([("Squeeze", "x axes", "y", {})], x=("n", 3, "h"), constants={"axes": np.array([2])}, made=1)
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ModelImportError, match="removes axis 2, which has the size 64"):
+        import_onnx(tmp_path / "model.onnx")
+    program = import_onnx(tmp_path / "model.onnx", input_shapes={"x": [0, 3, 1]})
+    assert program(torch.zeros(5, 3, 1)).shape == (5, 3)
+
+
+@pytest.mark.parametrize(("keep", "shape"), [(0, [1, 1, 4]), (1, [1, 0, 4])])
+def test_a_zero_in_a_shape_is_a_size_where_allowzero_says_so(keep, shape, tmp_path):
+    nodes = [("Shape", "x", "s", {}), ("Reshape", "s row", "four", {}), ("Slice", "four low high last", "part", {})]
+    nodes += [("Reshape", "part wanted", "again", {"allowzero": keep}), ("Shape", "again", "y", {})]
+    end = 0 if keep else 4
+    constants = {"row": [1, 1, 4], "low": [0], "high": [end], "last": [2], "wanted": [1, 0, 4]}
+    proto = model(nodes, constants={key: np.array(value) for key, value in constants.items()})
+    assert interpreted(tmp_path, proto, np.zeros((1, 2, 3, 4), np.float32))[0].tolist() == shape
+    assert_as_runtime(tmp_path, proto, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("start", "limit", "delta"), [(0.0, 10.0, 0.1), (0.5, 70.0, 0.7), (9.0, 0.0, -0.3), (3.0, 1.0, 1.0)]
+)
+def test_a_range_adds_its_step_again_and_again(start, limit, delta, tmp_path):
+    nodes = [
+        ("Shape", "x", "s", {"start": 0, "end": 1}),
+        ("Sub", "s s", "nothing", {}),
+        ("Squeeze", "nothing", "none", {}),
+        ("Cast", "none", "zero", {"to": TensorProto.FLOAT}),
+        ("Add", "zero start", "first", {}),
+        ("Range", "first limit delta", "y", {}),
+    ]
+    values = {"start": np.float32(start), "limit": np.float32(limit), "delta": np.float32(delta)}
+    assert_as_runtime(tmp_path, model(nodes, constants=values, made=TensorProto.FLOAT), 1, 1, 1, 1)
+
+
+def test_tiles_and_expansions_of_sizes_are_those_of_onnx_runtime(tmp_path):
+    nodes = [
+        ("Shape", "x", "s", {}),
+        ("Reshape", "s square", "two", {}),
+        ("Tile", "two times", "tiles", {}),
+        ("Expand", "two sizes", "stretched", {}),
+    ]
+    constants = {"square": np.array([2, 2]), "times": np.array([3, 2]), "sizes": np.array([5, 1, 2])}
+    assert_as_runtime(tmp_path, model(nodes, constants=constants, outputs=("tiles", "stretched")), 1, 2, 3, 4)

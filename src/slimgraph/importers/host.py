@@ -188,7 +188,7 @@ def rounded(array: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
         least, most = float(torch.iinfo(dtype).min), float(torch.iinfo(dtype).max)
         # The largest of 63 bits is no floating-point number: the one above it is.
         if not np.all((array >= least) & ((array < most) | ((array == most) & (most < 2**53)))):
-            raise OverflowError(f"a result does not fit {dtype}")
+            raise OverflowError(f"a result that does not fit {dtype} is no size")
     with np.errstate(all="ignore"):
         if array.dtype.kind in "iu" and wanted is np.float16:
             array = array.astype(np.float32)

@@ -10,14 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.batch import for_any_batch, squeezed
-from slimgraph.importers.host import LARGEST, Host, product
+from slimgraph.importers.host import Host, affordable, broadcast, product, rounded, typed
 from slimgraph.importers.onnx.convolution import padded
-from slimgraph.importers.steps import Call, Operator
+from slimgraph.importers.steps import Call, Operator, require_room
 
 
 def axes_of(call: Call, axes: Host | None, name: str = "axes") -> list[int] | None:
     """Axes as an input (newer versions) or as an attribute."""
     return axes.ints if axes is not None else call.ints(name)
+
+
+def from_front(call: Call, axes: Sequence[int], rank: int) -> list[int]:
+    """Axes of something of this rank, counted from the front; what wraps round beyond it would be another axis."""
+    if any(not -rank <= axis < rank for axis in axes):
+        raise call.error(f"its axes are {list(axes)[:9]}, and there are {rank}")
+    places = [axis % rank for axis in axes]
+    if len(set(places)) < len(places):
+        raise call.error(f"its axes are {list(axes)[:9]}, one of them twice")
+    return places
 
 
 def _shape(call: Call, x: Tensor) -> Host:
@@ -43,7 +53,10 @@ def _reshape(call: Call, x: Tensor, shape: Host) -> Tensor:
 
 
 def _reshape_known(call: Call, x: Host, shape: Host) -> Host:
-    sizes = [x.array.shape[axis] if size == 0 else size for axis, size in enumerate(shape.ints)]
+    keep_zero = bool(call.int("allowzero", 0))
+    sizes = [x.array.shape[axis] if size == 0 and not keep_zero else size for axis, size in enumerate(shape.ints)]
+    if any(size < -1 for size in sizes) or (0 in sizes and -1 in sizes):
+        raise call.error(f"its shape is {shape.ints[:9]}")
     return Host(x.array.reshape(sizes), x.dtype)
 
 
@@ -56,28 +69,33 @@ def _flatten(call: Call, x: Tensor) -> Tensor:
 
 
 def _squeeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
-    chosen = squeezed(call, x, axes_of(call, axes))
+    """Without its axes. Where the file names none, those go of which it says that they have the size 1."""
+    asked = axes_of(call, axes)
+    chosen = squeezed(call, x, None if asked is None else from_front(call, asked, x.dim()))
     for axis in chosen:
-        if isinstance(x.shape[axis], int) and x.shape[axis] != 1:
+        if not isinstance(x.shape[axis], int):
+            raise call.error(f"it removes axis {axis}, whose size is free and would have to be 1")
+        if x.shape[axis] != 1:
             raise call.error(f"it removes axis {axis}, which has the size {x.shape[axis]}")
     return torch.squeeze(x, chosen)
 
 
 def _squeeze_known(call: Call, x: Host, axes: Host | None = None) -> Host:
     chosen = axes_of(call, axes)
-    return Host(np.squeeze(x.array, axis=None if chosen is None else tuple(chosen)), x.dtype)
+    places = None if chosen is None else tuple(from_front(call, chosen, x.array.ndim))
+    return Host(np.squeeze(x.array, axis=places), x.dtype)
 
 
 def _unsqueeze(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
     chosen = axes_of(call, axes) or []
-    rank = x.dim() + len(chosen)
-    for axis in sorted(axis % rank for axis in chosen):
+    for axis in sorted(from_front(call, chosen, x.dim() + len(chosen))):
         x = torch.unsqueeze(x, axis)
     return x
 
 
 def _unsqueeze_known(call: Call, x: Host, axes: Host | None = None) -> Host:
-    return Host(np.expand_dims(x.array, tuple(axes_of(call, axes) or [])), x.dtype)
+    chosen = axes_of(call, axes) or []
+    return Host(np.expand_dims(x.array, tuple(from_front(call, chosen, x.array.ndim + len(chosen)))), x.dtype)
 
 
 def _transpose(call: Call, x: Tensor) -> Tensor:
@@ -93,6 +111,7 @@ def _concat(call: Call, *tensors: Tensor) -> Tensor:
 
 
 def _concat_known(call: Call, *parts: Host) -> Host:
+    affordable([sum(part.array.size for part in parts)])
     return Host(np.concatenate([part.array for part in parts], axis=call.int("axis", 1)), parts[0].dtype)
 
 
@@ -100,20 +119,26 @@ def _split_sizes(call: Call, size: Any, split: Host | None) -> list[Any]:
     given = split.numbers if split is not None else call.ints("split")
     if given is not None:
         return given
-    parts = call.int("num_outputs", len(call.step.outputs))
+    outputs = len(call.step.outputs)
+    parts = call.int("num_outputs", outputs)
+    if parts != outputs:
+        raise call.error(f"its num_outputs is {parts}, and it has {outputs} outputs")
     each = (size + parts - 1) // parts
     return [each] * (parts - 1) + [size - each * (parts - 1)]
 
 
 def _split(call: Call, x: Tensor, split: Host | None = None) -> tuple[Tensor, ...]:
-    axis = call.int("axis", 0)
+    (axis,) = from_front(call, [call.int("axis", 0)], x.dim())
     return tuple(torch.split(x, _split_sizes(call, x.shape[axis], split), axis))
 
 
 def _split_known(call: Call, x: Host, split: Host | None = None) -> tuple[Host, ...]:
-    axis = call.int("axis", 0)
-    ends = np.cumsum([int(size) for size in _split_sizes(call, x.array.shape[axis], split)])[:-1]
-    return tuple(Host(part, x.dtype) for part in np.split(x.array, ends, axis=axis))
+    (axis,) = from_front(call, [call.int("axis", 0)], x.array.ndim)
+    size = x.array.shape[axis]
+    sizes = [int(part) for part in _split_sizes(call, size, split)]
+    if min(sizes, default=0) < 0 or sum(sizes) != size:
+        raise call.error(f"it splits {size} numbers into {sizes[:9]}")
+    return tuple(Host(part, x.dtype) for part in np.split(x.array, np.cumsum(sizes)[:-1], axis=axis))
 
 
 def _slices(
@@ -124,7 +149,7 @@ def _slices(
     end = ends.numbers if ends is not None else call.ints("ends") or []
     chosen = axes_of(call, axes) or list(range(len(begin)))
     by = steps.ints if steps is not None else [1] * len(begin)
-    return [(axis % rank, b, e, s) for axis, b, e, s in zip(chosen, begin, end, by, strict=True)]
+    return list(zip(from_front(call, chosen, rank), begin, end, by, strict=True))
 
 
 def _slice(
@@ -168,28 +193,35 @@ def _expand(call: Call, x: Tensor, shape: Host) -> Tensor:
     wanted = [1] * (rank - len(wanted)) + wanted
     # Both may be 1 there, and the other one stretches.
     sizes = [a if isinstance(b, int) and b == 1 else b for a, b in zip(own, wanted, strict=True)]
+    require_room(sizes)
     return x.expand(sizes)
 
 
 def _expand_known(call: Call, x: Host, shape: Host) -> Any:
     if not shape.known:
         return _expand(call, x.tensor(), shape)
-    sizes = shape.ints
-    if product(sizes) > LARGEST:
-        raise call.error(f"it makes {product(sizes)} numbers of a shape")
-    return Host(x.array * np.ones(sizes, dtype=object), x.dtype)
+    (array,) = broadcast(x, shape=affordable(shape.ints))
+    return Host(array, x.dtype)
 
 
 def _tile(call: Call, x: Tensor, repeats: Host) -> Tensor:
+    if len(repeats.numbers) != x.dim():
+        raise call.error(f"it repeats {len(repeats.numbers)} axes, and there are {x.dim()}")
+    require_room([size * times for size, times in zip(x.shape, repeats.numbers, strict=True)])
     return x.repeat(repeats.numbers)
 
 
 def _tile_known(call: Call, x: Host, repeats: Host) -> Any:
     if not repeats.known:
         return _tile(call, x.tensor(), repeats)
-    if x.array.size * product(repeats.ints) > LARGEST:
-        raise call.error("it makes too many numbers of a shape")
-    return Host(np.tile(x.array, repeats.ints), x.dtype)
+    own, times = x.array.shape, affordable(repeats.ints)
+    if len(own) != len(times):
+        raise call.error(f"it repeats {len(times)} axes, and there are {len(own)}")
+    wanted = affordable([size * each for size, each in zip(own, times, strict=True)])
+    # Each axis becomes two, of which the first is stretched: nothing in between is larger than the result.
+    apart = x.array.reshape([part for size in own for part in (1, size)])
+    stretched = np.broadcast_to(apart, [part for pair in zip(times, own, strict=True) for part in pair])
+    return Host(stretched.reshape(wanted), x.dtype)
 
 
 def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
@@ -207,17 +239,29 @@ def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def _gather_known(call: Call, x: Host, indices: Host) -> Host:
+    (axis,) = from_front(call, [call.int("axis", 0)], x.array.ndim)
     places = np.array(indices.ints, dtype=np.int64).reshape(indices.array.shape)
-    return Host(np.asarray(np.take(x.array, places, axis=call.int("axis", 0)), dtype=object), x.dtype)
+    affordable([*x.array.shape[:axis], *places.shape, *x.array.shape[axis + 1 :]])
+    return Host(np.asarray(np.take(x.array, places, axis=axis), dtype=object), x.dtype)
 
 
 def _range(call: Call, start: Host, limit: Host, delta: Host) -> Any:
-    if start.known and limit.known and delta.known:
-        count = max(math.ceil((limit.number - start.number) / delta.number), 0)
-        if count > LARGEST:
-            raise call.error(f"it counts {count} numbers")
-        return Host.of([start.number + i * delta.number for i in range(count)], start.dtype)
-    return torch.arange(start.number, limit.number, delta.number, dtype=start.dtype)
+    if not (start.known and limit.known and delta.known):
+        return torch.arange(start.number, limit.number, delta.number, dtype=start.dtype)
+    first, last, step = (typed(part.array.reshape(1), start.dtype) for part in (start, limit, delta))
+    if not step[0]:
+        raise call.error("it counts in steps of 0")
+    if start.dtype.is_floating_point:
+        steps = float(rounded(last - first, start.dtype)[0]) / float(step[0])
+        if not math.isfinite(steps):
+            raise call.error(f"it counts {steps} numbers")
+        count = math.ceil(steps)
+    else:
+        count = -((int(first[0]) - int(last[0])) // int(step[0]))
+    (count,) = affordable([max(count, 0)])
+    # Each number is the one before and the step, rounded, as in ONNX Runtime: not a multiple of the step.
+    terms = np.concatenate([first, np.repeat(step, max(count - 1, 0))])[:count]
+    return Host(np.add.accumulate(terms, dtype=terms.dtype).astype(object), start.dtype)
 
 
 def _constant_of_shape(call: Call, shape: Host) -> Any:
@@ -227,6 +271,7 @@ def _constant_of_shape(call: Call, shape: Host) -> Any:
     sizes = shape.numbers
     if shape.known and product(sizes) <= 64 and len(sizes) <= 1:
         return Host(np.full([int(size) for size in sizes], fill, dtype=object), dtype)
+    require_room(sizes)
     return torch.full([size if not isinstance(size, bool) else int(size) for size in sizes], fill, dtype=dtype)
 
 
@@ -236,7 +281,7 @@ def _identity(call: Call, x: Any) -> Any:
 
 def _pad(call: Call, x: Tensor, pads: Host | None = None, value: Any = None, axes: Host | None = None) -> Tensor:
     sizes = pads.numbers if pads is not None else call.ints("pads") or []
-    chosen = [axis % x.dim() for axis in axes.ints] if axes is not None else list(range(x.dim()))
+    chosen = list(range(x.dim())) if axes is None else from_front(call, axes.ints, x.dim())
     if value is None:
         value = call.float("value", 0.0)
     elif isinstance(value, Host):
@@ -254,6 +299,7 @@ def _pad(call: Call, x: Tensor, pads: Host | None = None, value: Any = None, axe
 
 def _pad_by_index(x: Tensor, before: Sequence[Any], after: Sequence[Any], mode: str) -> Tensor:
     """Paddings that repeat what is there; PyTorch's own know the last axes of some ranks only."""
+    require_room([size + low + high for size, low, high in zip(x.shape, before, after, strict=True)])
     changed = [axis for axis in range(x.dim()) if before[axis] or after[axis]]
     torch_mode = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}[mode]
     first = min(changed, default=x.dim())
