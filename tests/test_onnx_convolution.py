@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_judge import array, import_onnx, judged, results, save
+from onnx_judge import array, assert_same, import_onnx, judged, results, save
 from slimgraph.errors import ModelImportError
 
 BIAS = np.array([5.0], np.float32)
@@ -79,6 +79,24 @@ def test_offsets_of_another_kernel_are_refused(tmp_path):
     path = deformable(tmp_path / "m.onnx", height=4, width=4, offset=nodes)
     with pytest.raises(ModelImportError, match=r"DeformConv.*offsets have 2 channels, and its kernel asks for 18"):
         import_onnx(path)
+
+
+def test_regions_of_images_are_pooled(tmp_path):
+    regions = np.array(
+        [
+            [0, 0, 0, 7, 5],  # all of the first image
+            [1, 2, 1, 5, 4],
+            [1, 5, 5, 20, 20],  # reaches beyond the image
+            [0, -9, -9, -3, -3],  # lies outside: zeros
+            [1, 3, 3, 3, 3],  # one pixel is in every bin
+            [0, 6, 4, 2, 1],  # inside out
+        ],
+        np.float32,
+    )
+    node = ("MaxRoiPool", "x r", "y", {"pooled_shape": [3, 2], "spatial_scale": 0.9})
+    path = save(tmp_path / "m.onnx", [node], x=(2, 3, 6, 8), constants={"r": regions}, opset=20)
+    program = import_onnx(path)
+    assert_same(program, path, array(2, 3, 6, 8, low=-2, high=-1))
 
 
 FAR = 10**9

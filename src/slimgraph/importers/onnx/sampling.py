@@ -13,6 +13,9 @@ from slimgraph.importers.steps import Call, Operator, require_room
 _GRID_MODES = {"bilinear": "bilinear", "linear": "bilinear", "bicubic": "bicubic", "cubic": "bicubic"}
 """The names of versions 16 and 20, and PyTorch's."""
 
+_MOST_BINS = 1024
+"""Of an axis of a region: each becomes operators of its own."""
+
 
 def _columns_to_image(call: Call, x: Tensor, image: Host, block: Host) -> Tensor:
     sizes, kernel = image.numbers, block.ints
@@ -113,10 +116,41 @@ def _roi_align(call: Call, x: Tensor, regions: Tensor, samples: Tensor) -> Tenso
     return F.max_pool2d(cells, count, count) if maximum else F.avg_pool2d(cells, count, count)
 
 
+def _cells(begin: Tensor, end: Tensor, bins: int, size: int) -> Tensor:
+    """Which places along one axis belong to which bin, (regions, bins, places); bins overlap where they share one."""
+    extent = ((end - begin + 1).clamp(min=1.0) / bins).unsqueeze(1)
+    number = torch.arange(bins, device=begin.device)
+    first = (number * extent).floor() + begin.unsqueeze(1)
+    behind = ((number + 1) * extent).ceil() + begin.unsqueeze(1)
+    place = torch.arange(size, device=begin.device)
+    return (place >= first.unsqueeze(-1)) & (place < behind.unsqueeze(-1))
+
+
+def _max_roi_pool(call: Call, x: Tensor, regions: Tensor) -> Tensor:
+    height, width = call.ints("pooled_shape") or (0, 0)
+    if x.dim() != 4 or not 1 <= height <= _MOST_BINS or not 1 <= width <= _MOST_BINS:
+        raise call.error(f"it pools {x.dim()} axes into {height} × {width} bins; read are 4, and 1 to {_MOST_BINS}")
+    require_room([regions.shape[0], *x.shape[1:]])
+    require_room([regions.shape[0], x.shape[1], width, x.shape[3]])
+    scaled = regions[:, 1:] * call.float("spatial_scale", 1.0)
+    corners = torch.copysign((scaled.abs() + 0.5).floor(), scaled)  # halves away from zero, as C rounds
+    left, top, right, bottom = corners.unbind(1)
+    rows, columns = _cells(top, bottom, height, x.shape[2]), _cells(left, right, width, x.shape[3])
+    images = x[regions[:, 0].long()]
+    nothing = torch.full((), -torch.inf, dtype=x.dtype, device=x.device)
+    pooled = []
+    for row in rows.unbind(1):
+        strip = torch.where(row[:, None, :, None], images, nothing).amax(2)
+        pooled.append(torch.where(columns.unsqueeze(1), strip.unsqueeze(2), nothing).amax(3))
+    is_empty = ~(rows.any(2).unsqueeze(2) & columns.any(2).unsqueeze(1)).unsqueeze(1)
+    return torch.stack(pooled, 2).masked_fill(is_empty, 0.0)
+
+
 OPERATORS: dict[str, Operator] = {
     "Col2Im": Operator(run=_columns_to_image, static=(1, 2)),
     "CenterCropPad": Operator(run=_center_crop_pad, static=(1,)),
     "GridSample": Operator(run=_grid_sample),
     "AffineGrid": Operator(run=_affine_grid, static=(1,)),
     "RoiAlign": Operator(run=_roi_align),
+    "MaxRoiPool": Operator(run=_max_roi_pool),
 }
