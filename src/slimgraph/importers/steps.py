@@ -26,6 +26,9 @@ MOST_AXES = 32
 MOST_ELEMENTS = 2**29
 """Of one value. A file can ask for more in a few bytes; no network that is trained has it."""
 
+_CHANNELS = 2**14
+"""A statistic of more is not copied for a second layer: a file can ask for that in a few bytes."""
+
 _DEEPEST = 20
 """Operators in a row that make a shape of constants."""
 
@@ -48,6 +51,12 @@ class Operator:
     host: Handler | None = None
     weights: Sequence[int] = ()
     """Inputs whose floating-point constants are parameters; others are buffers."""
+    running: Sequence[int] = ()
+    """Inputs that training changes, such as running statistics: each layer has its own."""
+    views: "Callable[[Step], bool] | None" = None
+    """Tells whether the first output is the first input in another form: what is a weight behind it is one before."""
+    renames: bool = False
+    """Whether its output is its input, under another name."""
     numbers: bool = False
     """Whether a constant of no axes is given as a Python number, which does not become a tensor of the program."""
     prepare: "Preparation | None" = None
@@ -261,7 +270,7 @@ class Interpreted(nn.Module):
             **tensors,
             **{name: t for step in every(steps) for b in step.bodies for name, t in b.tensors.items()},
         }
-        self.steps, tensors = _prepared(steps, tensors)
+        self.steps, tensors = _prepared(*_read_directly(steps, tensors, outputs))
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.baked = baked
         self.batch: Any = 1
@@ -449,13 +458,69 @@ def _trained(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> set[str]:
     One number is a weight only to a layer: in arithmetic it is an epsilon or a scale.
     """
     weights, others, of_layers = set[str](), set[str](), set[str]()
+    forms: dict[str, str] = {}
     for step in every(steps):
+        is_view = step.operator.views is not None and any(step.outputs[:1]) and step.operator.views(step)
         for index, name in enumerate(step.inputs):
+            name = forms.get(name, name)
+            if is_view and index == 0:  # its readers tell
+                forms[step.outputs[0]] = name
+                continue
             is_weight = index in step.operator.weights
             (weights if is_weight else others).add(name)
             if is_weight and step.operator.weights is not EVERY:
                 of_layers.add(name)
     return {name for name in weights - others if name in tensors and (tensors[name].numel() > 1 or name in of_layers)}
+
+
+def _read_directly(
+    steps: Sequence[Step], tensors: Mapping[str, Tensor], outputs: Collection[str]
+) -> tuple[list[Step], dict[str, Tensor]]:
+    """The steps without those that only rename what is stored, as exporters write where several layers share a tensor.
+
+    A weight stays one that they share. What training changes becomes each layer's own, under the name it is read by.
+    """
+    kept = {*outputs, *(name for step in every(steps) for body in step.bodies for name in body.outputs)}
+    result, stored = list[Step](), dict(tensors)
+    sources: dict[str, tuple[str, str]] = {}
+    """By new name: the stored one, and its element type."""
+
+    def read_by(step: Step) -> Step:
+        inputs, types = list(step.inputs), list(step.types)
+        for index, name in enumerate(step.inputs):
+            if name not in sources:
+                continue
+            source, kind = sources[name]
+            if index in step.operator.running and tensors[source].numel() <= _CHANNELS:
+                stored.setdefault(name, tensors[source].clone())
+            else:
+                inputs[index] = source
+            types[index : index + 1] = [kind] if types else []
+        return replace(step, inputs=tuple(inputs), types=tuple(types))
+
+    for step in steps:
+        step = _with_bodies(read_by(step), read_by)
+        names = (*step.inputs[:1], *step.outputs[:1])
+        if step.operator.renames and len(names) == 2 and names[0] in tensors and kept.isdisjoint(step.outputs):
+            sources[names[1]] = (names[0], next(iter(step.types), ""))
+        else:
+            result.append(step)
+    return result, stored
+
+
+def _with_bodies(step: Step, change: "Callable[[Step], Step]") -> Step:
+    """A step with the steps inside of it changed, the innermost ones last."""
+
+    def each(attribute: Any) -> Any:
+        if isinstance(attribute, tuple):
+            return tuple(each(part) for part in attribute)
+        if isinstance(attribute, Body):
+            return replace(attribute, steps=tuple(_with_bodies(change(inner), change) for inner in attribute.steps))
+        return attribute
+
+    if not any(step.bodies):
+        return step
+    return replace(step, attributes={key: each(value) for key, value in step.attributes.items()})
 
 
 def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tuple[Step, ...], dict[str, Tensor]]:
@@ -467,8 +532,6 @@ def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tup
             readers.setdefault(name, []).append(step.operator)
 
     def of_one(step: Step) -> Step:
-        bodies = {key: each(value) for key, value in step.attributes.items()} if any(step.bodies) else None
-        step = step if bodies is None else replace(step, attributes=bodies)
         own = {
             name: tensors[name]
             for name in step.inputs
@@ -480,14 +543,7 @@ def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tup
         result.update(found[1])
         return found[0]
 
-    def each(attribute: Any) -> Any:
-        if isinstance(attribute, tuple):
-            return tuple(each(part) for part in attribute)
-        if isinstance(attribute, Body):
-            return replace(attribute, steps=tuple(of_one(step) for step in attribute.steps))
-        return attribute
-
-    return tuple(of_one(step) for step in steps), result
+    return tuple(_with_bodies(of_one(step), of_one) for step in steps), result
 
 
 def store(module: nn.Module, tensors: Mapping[str, Tensor], trained: set[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from slimgraph.importers.host import Host, affordable, broadcast, elementwise
 from slimgraph.importers.onnx.tensors import type_name
 from slimgraph.importers.onnx.types import BITS, torch_type
 from slimgraph.importers.scaled_sizes import over, times, whole
-from slimgraph.importers.steps import EVERY, Call, Operator
+from slimgraph.importers.steps import EVERY, Call, Operator, Step
 
 _Known = Callable[..., NDArray[Any]]
 """Computes known numbers, as arrays of the type in which the file computes."""
@@ -202,6 +202,13 @@ def _same(number: Any) -> Any:
     return number
 
 
+_WIDE = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}
+
+
+def _casts_to_float(step: Step) -> bool:
+    return step.attributes.get("to", onnx.TensorProto.FLOAT) in _WIDE
+
+
 def _cast_known(call: Call, x: Host) -> Host | Tensor:
     number = call.int("to", onnx.TensorProto.FLOAT)
     wanted = torch_type(call, number)
@@ -325,7 +332,7 @@ OPERATORS: dict[str, Operator] = {
     "LessOrEqual": _binary(torch.le, np.less_equal, _untyped(operator.le), truth=True),
     "Where": Operator(run=_where, host=_where_known, weights=(1, 2)),
     "Clip": Operator(run=_clip, numbers=True),
-    "Cast": Operator(run=_cast, host=_cast_known),
+    "Cast": Operator(run=_cast, host=_cast_known, views=_casts_to_float),
     "CastLike": Operator(run=_cast_like),
     "BitCast": Operator(run=_bit_cast),
 }

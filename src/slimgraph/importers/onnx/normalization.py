@@ -107,7 +107,7 @@ def _mean_variance_norm(call: Call, x: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Operator] = {
-    "BatchNormalization": Operator(run=_batch_norm, weights=(1, 2)),
+    "BatchNormalization": Operator(run=_batch_norm, weights=(1, 2), running=(3, 4)),
     "InstanceNormalization": Operator(run=_instance_norm, weights=(1, 2)),
     "LayerNormalization": Operator(run=_layer_norm, weights=(1, 2)),
     "GroupNormalization": Operator(run=_group_norm, weights=(1, 2)),
