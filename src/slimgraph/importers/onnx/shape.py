@@ -12,7 +12,7 @@ from torch import Tensor
 from slimgraph.importers.batch import for_any_batch, squeezed
 from slimgraph.importers.host import Host, affordable, broadcast, product, rounded, typed
 from slimgraph.importers.onnx.convolution import padded
-from slimgraph.importers.steps import Call, Operator, require_room
+from slimgraph.importers.steps import Call, Operator, Step, require_room
 
 
 def axes_of(call: Call, axes: Host | None, name: str = "axes") -> list[int] | None:
@@ -279,6 +279,10 @@ def _identity(call: Call, x: Any) -> Any:
     return x
 
 
+def _always(step: Step) -> bool:
+    return True
+
+
 def _pad(call: Call, x: Tensor, pads: Host | None = None, value: Any = None, axes: Host | None = None) -> Tensor:
     sizes = pads.numbers if pads is not None else call.ints("pads") or []
     chosen = list(range(x.dim())) if axes is None else from_front(call, axes.ints, x.dim())
@@ -342,11 +346,11 @@ def _space_to_depth(call: Call, x: Tensor) -> Tensor:
 OPERATORS: dict[str, Operator] = {
     "Shape": Operator(run=_shape, host=_shape_known),
     "Size": Operator(run=_size),
-    "Reshape": Operator(run=_reshape, host=_reshape_known, static=(1,)),
-    "Flatten": Operator(run=_flatten),
-    "Squeeze": Operator(run=_squeeze, host=_squeeze_known, static=(1,)),
-    "Unsqueeze": Operator(run=_unsqueeze, host=_unsqueeze_known, static=(1,)),
-    "Transpose": Operator(run=_transpose, host=_transpose_known),
+    "Reshape": Operator(run=_reshape, host=_reshape_known, static=(1,), views=_always),
+    "Flatten": Operator(run=_flatten, views=_always),
+    "Squeeze": Operator(run=_squeeze, host=_squeeze_known, static=(1,), views=_always),
+    "Unsqueeze": Operator(run=_unsqueeze, host=_unsqueeze_known, static=(1,), views=_always),
+    "Transpose": Operator(run=_transpose, host=_transpose_known, views=_always),
     "Concat": Operator(run=_concat, host=_concat_known),
     "Split": Operator(run=_split, host=_split_known, static=(1,)),
     "Slice": Operator(run=_slice, host=_slice_known, static=(1, 2, 3, 4)),
@@ -355,7 +359,7 @@ OPERATORS: dict[str, Operator] = {
     "Tile": Operator(run=_tile, host=_tile_known, static=(1,)),
     "Range": Operator(run=_range, host=_range, static=(0, 1, 2)),
     "ConstantOfShape": Operator(run=_constant_of_shape, host=_constant_of_shape, static=(0,)),
-    "Identity": Operator(run=_identity, host=_identity),
+    "Identity": Operator(run=_identity, host=_identity, views=_always, renames=True),
     "Pad": Operator(run=_pad, static=(1, 2, 3)),
     "DepthToSpace": Operator(run=_depth_to_space),
     "SpaceToDepth": Operator(run=_space_to_depth),
