@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from slimgraph.errors import ModelLoadError, closest
+from slimgraph.program.fake_quantize import FAKE_QUANTIZE, LEARNED_FAKE_QUANTIZE, PACT
+from slimgraph.program.value_range import FOLLOWING, MEASURING, NORM_GAIN
 
 LARGEST_INTEGER = 2**63
 
@@ -70,7 +72,12 @@ _INTERNALS_IN_GRAPHS = frozenset(
     ]
 )
 _REACHING_OUTSIDE = frozenset({"from_file"})
-_OPERATOR = re.compile(r"torch\.ops\.(aten|quantized_decomposed)\.(\w+)\.(\w+)", re.ASCII)
+_OPERATOR = re.compile(r"torch\.ops\.(aten|quantized_decomposed|slimgraph)\.(\w+)\.(\w+)", re.ASCII)
+
+_OWN_OPERATORS = frozenset(
+    str(operator) for operator in (FAKE_QUANTIZE, LEARNED_FAKE_QUANTIZE, PACT, NORM_GAIN, *MEASURING, *FOLLOWING)
+)
+"""As `slimgraph.fake_quantize.default`; to read them here is also what registers them."""
 
 
 @cache
@@ -95,6 +102,10 @@ def _operator(text: str, where: str) -> None:
     internal = namespace == "aten" and name.startswith("_") and name not in _INTERNALS_IN_GRAPHS
     if internal or name in _REACHING_OUTSIDE:
         raise ModelLoadError(f"it calls {text!r}, which is internal to PyTorch or reads files.")
+    if namespace == "slimgraph" and f"slimgraph.{name}.{overload}" not in _OWN_OPERATORS:
+        raise ModelLoadError(
+            f"it calls {text[:200]!r}, which this slimgraph does not have. {closest(name, sorted(_OWN_OPERATORS))}"
+        )
     if f"{namespace}::{name}" + (f".{overload}" if overload != "default" else "") not in _dispatched():
         known = [other.partition("::")[2] for other in _dispatched() if other.startswith(f"{namespace}::")]
         raise ModelLoadError(

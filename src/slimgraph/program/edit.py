@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from slimgraph.errors import ProgramError
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import Program
+from slimgraph.program.value_range import FOLLOWING
 
 TRAINING_FLAG = "training"
 """Target of the node that reads `graph_module.training` at run time.
@@ -28,6 +29,7 @@ _FLAG_POSITION = {
     torch.ops.aten.alpha_dropout.default: 2,
     torch.ops.aten.feature_alpha_dropout.default: 2,
     torch.ops.aten.rrelu.default: 3,
+    **dict.fromkeys(FOLLOWING, 4),
 }
 
 

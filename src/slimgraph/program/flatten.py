@@ -15,6 +15,7 @@ from slimgraph.program.edit import finish, install_training_flags, on_tensors_of
 from slimgraph.program.names import set_names
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
+from slimgraph.program.value_range import FOLLOWING
 
 aten = torch.ops.aten
 
@@ -165,7 +166,12 @@ def _output_spec(name: str, value: Any, meanings: Mapping[str, str]) -> TensorSp
 
 
 def _mutated(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    # What follows a range changes its own memory only, which no other operator reads.
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and node.target not in FOLLOWING
+    )
 
 
 def _functional_twin(target: Any) -> Any:

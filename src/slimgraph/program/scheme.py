@@ -56,17 +56,25 @@ class IntScheme:
         Zero is always on the grid: the interval is extended to hold it. An empty interval gets `EMPTY_SCALE`.
         `low` and `high` have one element, or one for each index of `axis`; the results have the same shape.
         """
-        first, last = self.code_range
-        low64, high64 = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
-        if self.symmetric:
-            middle = 0 if self.signed else 2 ** (self.bits - 1)
-            reach = torch.maximum(-low64, high64)
-            scale = _usable(reach / (last - middle))
-            zero_point = torch.full_like(scale, middle)
-        else:
-            scale = _usable((high64 - low64) / (last - first))
-            zero_point = (first - low64 / scale).round().clamp(first, last)
-        return scale.float(), zero_point.to(torch.int32)
+        middle = None if not self.symmetric else 0 if self.signed else 2 ** (self.bits - 1)
+        return grid_of(low, high, codes=self.code_range, middle=middle)
+
+
+def grid_of(low: Tensor, high: Tensor, *, codes: tuple[int, int], middle: int | None) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) of the grid with these first and last codes; as `IntScheme.parameters`.
+
+    Args:
+        middle: the zero point of a symmetric grid; None where the interval sets it.
+    """
+    first, last = codes
+    low64, high64 = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+    if middle is not None:
+        scale = _usable(torch.maximum(-low64, high64) / (last - middle))
+        zero_point = torch.full_like(scale, middle)
+    else:
+        scale = _usable((high64 - low64) / (last - first))
+        zero_point = (first - low64 / scale).round().clamp(first, last)
+    return scale.float(), zero_point.to(torch.int32)
 
 
 def _usable(scale: Tensor) -> Tensor:
