@@ -7,6 +7,7 @@ import torch
 
 from slimgraph.errors import ModelImportError
 from slimgraph.importers.onnx.branches import without_branches
+from slimgraph.importers.onnx.declared import require_outputs
 from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import OLDEST, require_version, steps_of
@@ -94,6 +95,7 @@ def _traced(model: Model, split: Split | None, input_shapes: InputShapes) -> Pro
         parameters={**told, "torch": torch.__version__},
         one_sample_because="" if split is None else "the post-processing that was split off was made for one sample.",
     )
+    require_outputs(graph.outputs, graph.inputs, program.signature)
     if split is not None:
         program.tail = tail_of(split, model, program.signature)
     return program
