@@ -44,12 +44,11 @@ def replay(
     for name in alternatives:
         if name not in existing:
             raise UnknownNameError(f"The program has no value {name!r}. {closest(name, existing)}")
-    run = _Resumable(program.graph_module)
-    run.args_iter = iter([tensor.to(program.device) for tensor in inputs.values()])
+    run = _Resumable(program.graph_module, [tensor.to(program.device) for tensor in inputs.values()])
     for position, node in enumerate(run.nodes):
         name = value_of(node)
         for choice, instead in enumerate(alternatives.get(name, ())):
-            args, kwargs = run.fetch_args_kwargs_from_env(node)
+            args, kwargs = run.arguments(node)
             result = instead(node, args, kwargs)
             yield Replayed(value=name, choice=choice, outputs=run.branch(position, result))
         run.step(node)
@@ -61,9 +60,17 @@ class _Resumable(fx.Interpreter):
 
     returned: Sequence[Tensor]
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         super().__init__(graph_module)
         self.nodes = list(graph_module.graph.nodes)
+        self.args_iter = iter(inputs)
+        self._inputs = dict(zip(graph_module.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Results of what the node reads; of an input, the tensor that is given for it."""
+        if node.op == "placeholder":
+            return (self._inputs[node],), {}
+        return self.fetch_args_kwargs_from_env(node)
 
     def step(self, node: fx.Node) -> None:
         self._keep(node, self.run_node(node))
