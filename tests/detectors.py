@@ -30,6 +30,11 @@ class Detector:
         self.nodes.append(helper.make_node(kind, inputs.split(), names, name=f"{names[0]}/{kind}", **attributes))
         return names[0]
 
+    def unsqueeze(self, source, out, axis):
+        if self.opset < 13:
+            return self.op("Unsqueeze", source, out, axes=[axis])
+        return self.op("Unsqueeze", f"{source} {self.constant(f'{out}_axis', np.array([axis], np.int64))}", out)
+
     def network(self):
         for i, (channels, out) in enumerate([(3, 8), (8, 16)]):
             self.weight(f"w{i}", out, channels, 3, 3)
@@ -107,19 +112,11 @@ def with_top_k(**options):
     detector.constant("k", np.array([20], np.int64))
     detector.op("ReduceMax", "scores", "best", axes=[1], keepdims=0)
     detector.op("TopK", "best k", "top_values top_places", axis=1)
-    if detector.opset >= 13:
-        detector.constant("last", np.array([2], np.int64))
-        detector.op("Unsqueeze", "top_places last", "columns")
-    else:
-        detector.op("Unsqueeze", "top_places", "columns", axes=[2])
+    detector.unsqueeze("top_places", "columns", 2)
     detector.constant("four", np.array([1, 1, 4], np.int64))
     detector.op("Expand", "columns four", "box_places")
     detector.op("GatherElements", "boxes box_places", "top_boxes", axis=1)
-    if detector.opset >= 13:
-        detector.constant("middle", np.array([1], np.int64))
-        detector.op("Unsqueeze", "top_values middle", "top_scores")
-    else:
-        detector.op("Unsqueeze", "top_values", "top_scores", axes=[1])
+    detector.unsqueeze("top_values", "top_scores", 1)
     detector.suppress("top_boxes", "top_scores")
     detector.output("selected", T.INT64, ["found", 3])
     detector.output("top_boxes", T.FLOAT, [detector.batch, 20, 4])
@@ -202,6 +199,151 @@ def with_mask(**options):
     return detector
 
 
+def with_best_rows(**options):
+    """Without suppression, as YOLOv10 has it: the rows of the best anchors, then the best of their scores."""
+    detector = Detector(**options)
+    detector.constant("k", np.array([20], np.int64))
+    detector.constant("flat", np.array([0, -1], np.int64))
+    detector.constant("classes", np.array(CLASSES, np.int64))
+    detector.op("Transpose", "scores", "per_anchor", perm=[0, 2, 1])
+    detector.op("ReduceMax", "per_anchor", "best", axes=[2], keepdims=0)
+    detector.op("TopK", "best k", "first_values first_places", axis=1)
+    detector.unsqueeze("first_places", "column", 2)
+    detector.constant("four", np.array([1, 1, 4], np.int64))
+    detector.constant("three", np.array([1, 1, CLASSES], np.int64))
+    detector.op("Tile", "column four", "box_places")
+    detector.op("Tile", "column three", "score_places")
+    detector.op("GatherElements", "boxes box_places", "some_boxes", axis=1)
+    detector.op("GatherElements", "per_anchor score_places", "some_scores", axis=1)
+    detector.op("Reshape", "some_scores flat", "flat_scores")
+    detector.op("TopK", "flat_scores k", "top_scores top_places", axis=-1)
+    detector.op("Mod", "top_places classes", "labels")
+    detector.op("Div", "top_places classes", "rows")
+    detector.unsqueeze("rows", "row_column", 2)
+    detector.op("Tile", "row_column four", "row_places")
+    detector.op("GatherElements", "some_boxes row_places", "top_boxes", axis=1)
+    detector.unsqueeze("top_scores", "score_column", 2)
+    detector.unsqueeze("labels", "label_column", 2)
+    detector.op("Cast", "label_column", "label_numbers", to=T.FLOAT)
+    detector.op("Concat", "top_boxes score_column label_numbers", "detections", axis=2)
+    detector.output("detections", T.FLOAT, [detector.batch, 20, 6])
+    return detector
+
+
+def with_best_queries(**options):
+    """As RT-DETR has it: queries are chosen in the network, detections at its end; picture sizes are an input."""
+    detector = Detector(**options)
+    detector.inputs.append(helper.make_tensor_value_info("picture_size", T.INT64, [detector.batch, 2]))
+    detector.constant("queries", np.array([16], np.int64))
+    detector.constant("k", np.array([10], np.int64))
+    detector.constant("flat", np.array([0, -1], np.int64))
+    detector.constant("classes", np.array(CLASSES, np.int64))
+    detector.op("Transpose", "scores", "per_anchor", perm=[0, 2, 1])
+    detector.op("ReduceMax", "per_anchor", "best", axes=[2], keepdims=0)
+    detector.op("TopK", "best queries", "query_values query_places", axis=1)
+    detector.unsqueeze("query_places", "column", 2)
+    detector.constant("four", np.array([1, 1, 4], np.int64))
+    detector.op("Tile", "column four", "query_boxes")
+    detector.op("GatherElements", "boxes query_boxes", "targets", axis=1)
+    detector.weight("w_decoder", 4, 32)
+    detector.weight("w_class", 32, CLASSES)
+    detector.op("MatMul", "targets w_decoder", "hidden")
+    detector.op("Relu", "hidden", "active")
+    detector.op("MatMul", "active w_class", "class_logits")
+    detector.op("Sigmoid", "class_logits", "class_scores")
+    detector.op("Cast", "picture_size", "size_numbers", to=T.FLOAT)
+    detector.constant("twice", np.array([1, 2], np.int64))
+    detector.op("Tile", "size_numbers twice", "scale")
+    detector.unsqueeze("scale", "scale_row", 1)
+    detector.op("Mul", "targets scale_row", "scaled")
+    detector.op("Reshape", "class_scores flat", "flat_scores")
+    detector.op("TopK", "flat_scores k", "top_scores top_places", axis=-1)
+    detector.op("Mod", "top_places classes", "labels")
+    detector.op("Div", "top_places classes", "rows")
+    detector.unsqueeze("rows", "row_column", 2)
+    detector.op("Tile", "row_column four", "row_places")
+    detector.op("GatherElements", "scaled row_places", "top_boxes", axis=1)
+    detector.output("labels", T.INT64, [detector.batch, 10])
+    detector.output("top_boxes", T.FLOAT, [detector.batch, 10, 4])
+    detector.output("top_scores", T.FLOAT, [detector.batch, 10])
+    return detector
+
+
+def with_peaks(**options):
+    """As CenterNet has it: what is no peak of the heat map is struck out, then all are sorted."""
+    detector = Detector(**options)
+    detector.constant("k", np.array([64], np.int64))  # all places of a class
+    detector.op("Sigmoid", "raw_scores", "heat")
+    detector.op("MaxPool", "heat", "around", kernel_shape=[3, 3], pads=[1] * 4)
+    detector.op("Equal", "heat around", "is_peak")
+    detector.op("Cast", "is_peak", "peak", to=T.FLOAT)
+    detector.op("Mul", "heat peak", "peaks")
+    detector.op("Reshape", "peaks to_scores", "per_class")
+    detector.op("TopK", "per_class k", "sorted places", axis=2)
+    detector.output("sorted", T.FLOAT, [detector.batch, CLASSES, 64])
+    detector.output("places", T.INT64, [detector.batch, CLASSES, 64])
+    return detector
+
+
+def with_kept(**options):
+    """Compress keeps what lies above a threshold, a Loop sums boxes up until they are large, as data decide."""
+    detector = Detector(**options)
+    detector.constant("threshold", np.array(0.6, np.float32))
+    detector.constant("everything", np.array([-1], np.int64))
+    detector.constant("true", np.array(True))
+    detector.constant("most", np.array(50, np.int64))
+    detector.constant("nothing", np.zeros(4, np.float32))
+    detector.constant("rows", np.array([-1, 4], np.int64))
+    detector.op("ReduceMax", "scores", "best", axes=[1], keepdims=0)
+    detector.op("Reshape", "best everything", "flat")
+    detector.op("Greater", "flat threshold", "is_good")
+    detector.op("Reshape", "boxes rows", "flat_boxes2")
+    detector.op("Compress", "flat_boxes2 is_good", "good_boxes", axis=0)
+    body = helper.make_graph(
+        [
+            helper.make_node("Gather", ["flat_boxes2", "turn"], ["row"], axis=0),
+            helper.make_node("Add", ["sum", "row"], ["more"]),
+            helper.make_node("ReduceMax", ["more"], ["size"], keepdims=0),
+            helper.make_node("Less", ["size", "limit"], ["goes_on"]),
+        ],
+        "sums",
+        [
+            helper.make_tensor_value_info("turn", T.INT64, []),
+            helper.make_tensor_value_info("going", T.BOOL, []),
+            helper.make_tensor_value_info("sum", T.FLOAT, [4]),
+        ],
+        [helper.make_tensor_value_info("goes_on", T.BOOL, []), helper.make_tensor_value_info("more", T.FLOAT, [4])],
+        [numpy_helper.from_array(np.array(60, np.float32), "limit")],
+    )
+    detector.op("Loop", "most true nothing", "total", body=body)
+    detector.output("good_boxes", T.FLOAT, ["found", 4])
+    detector.output("total", T.FLOAT, [4])
+    return detector
+
+
+def with_turns(**options):
+    """A loop over all boxes, of which there are as many as the picture has room for."""
+    detector = Detector(**options)
+    detector.constant("zero", np.array(0, np.int64))
+    detector.constant("one", np.array(1, np.int64))
+    detector.constant("true", np.array(True))
+    detector.op("Shape", "boxes", "box_shape")
+    detector.op("Gather", "box_shape one", "count", axis=0)
+    body = helper.make_graph(
+        [
+            helper.make_node("Gather", ["boxes", "turn"], ["column"], axis=1),
+            helper.make_node("ReduceMax", ["column"], ["largest"], axes=[1], keepdims=0),
+            helper.make_node("Identity", ["going"], ["goes_on"]),
+        ],
+        "columns",
+        [helper.make_tensor_value_info("turn", T.INT64, []), helper.make_tensor_value_info("going", T.BOOL, [])],
+        [helper.make_tensor_value_info("goes_on", T.BOOL, []), helper.make_tensor_value_info("largest", T.FLOAT, None)],
+    )
+    detector.op("Loop", "count true", "all_columns", body=body)
+    detector.output("all_columns", T.FLOAT, [ANCHORS, detector.batch])
+    return detector
+
+
 DETECTORS = {
     "gathered boxes": with_gathered_boxes(opset=13),
     "one sample": with_gathered_boxes(opset=21, batch=1),
@@ -209,4 +351,9 @@ DETECTORS = {
     "top k": with_top_k(opset=11),
     "loop": with_loop(opset=11),
     "mask": with_mask(opset=13),
+    "best rows": with_best_rows(opset=11),
+    "best queries": with_best_queries(opset=17),
+    "peaks": with_peaks(opset=13),
+    "kept": with_kept(opset=13),
+    "turns": with_turns(opset=13),
 }

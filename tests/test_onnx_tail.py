@@ -15,7 +15,7 @@ from onnx import helper
 
 from archives import METADATA, members, write
 from cli_runs import answer, run
-from detectors import DETECTORS, with_gathered_boxes, with_loop, with_plugin
+from detectors import ANCHORS, CLASSES, DETECTORS, with_gathered_boxes, with_kept, with_loop, with_plugin
 from slimgraph.auto.pipeline import compress
 from slimgraph.deploy.onnx import add_tail, export_onnx, to_onnx
 from slimgraph.deploy.onnx_tail import check_stitched
@@ -47,7 +47,13 @@ def images(detector, batch=2, seed=3):
     random = np.random.default_rng(seed)
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in detector.inputs}
     batch = batch if detector.batch == "N" else 1
-    return {name: random.normal(0, 1, [batch, *shape[1:]]).astype(np.float32) for name, shape in shapes.items()}
+    types = {value.name: value.type.tensor_type.elem_type for value in detector.inputs}
+    return {
+        name: random.normal(0, 1, [batch, *shape[1:]]).astype(np.float32)
+        if types[name] == T.FLOAT
+        else random.integers(100, 900, [batch, *shape[1:]])
+        for name, shape in shapes.items()
+    }
 
 
 def answers(model, inputs, *more):
@@ -137,6 +143,75 @@ def test_a_choice_that_layers_with_weights_read_stays_in_the_program(tmp_path):
     assert "top_logits/TopK" in program.layers
 
 
+@pytest.mark.parametrize(
+    ("name", "read", "first"),
+    [
+        ("best rows", ["best", "boxes", "per_anchor"], "TopK"),
+        ("best queries", ["flat_scores", "scaled"], "TopK"),
+        ("peaks", ["heat", "around"], "Equal"),
+        ("turns", ["boxes"], "Shape"),
+    ],
+)
+def test_the_highest_scores_are_taken_by_the_tail_where_no_weights_follow(name, read, first, files):
+    _, program, _ = files(name)
+    assert [spec.name for spec in program.signature.outputs] == read
+    assert next(iter(program.tail.operators())) == first
+    assert ("query_values/TopK" in program.layers) == (name == "best queries")  # its decoder follows
+
+
+def test_highest_numbers_without_places_stay_in_the_program(tmp_path):
+    """They do not jump: the mean of the ten highest scores is as good an output as any."""
+    detector = with_gathered_boxes()
+    del detector.nodes[-4:], detector.outputs[:]
+    detector.constant("k", np.array([10], np.int64))
+    detector.op("TopK", "scores k", "values places", axis=2)
+    detector.op("ReduceMean", "values", "mean", axes=[2], keepdims=0)
+    detector.output("mean", T.FLOAT, ["N", 3])
+    assert import_onnx(detector.save(tmp_path / "net.onnx")).tail is None
+
+
+def test_a_choice_before_a_normalization_stays_in_the_program(tmp_path):
+    detector = with_gathered_boxes()
+    del detector.nodes[-4:], detector.outputs[:]
+    detector.constant("k", np.array([10], np.int64))
+    detector.constant("to_places", np.array([0, CLASSES * 10], np.int64))
+    detector.op("TopK", "scores k", "values places", axis=2)
+    detector.op("Cast", "places", "numbers", to=T.FLOAT)
+    detector.op("Reshape", "numbers to_places", "features")
+    for name, value in (("gamma", 1), ("beta", 0), ("mean", 0), ("variance", 1)):
+        detector.constant(name, np.full(CLASSES * 10, value, np.float32))
+    detector.op("BatchNormalization", "features gamma beta mean variance", "y")
+    detector.output("y", T.FLOAT, ["N", CLASSES * 10])
+    program = import_onnx(detector.save(tmp_path / "net.onnx"))
+    assert program.tail is None
+    assert "values/TopK" in program.layers
+
+
+def test_a_choice_from_a_large_table_stays_in_the_program(tmp_path):
+    """A tail has at most 32 MiB; nothing has to be split off here."""
+    detector = with_gathered_boxes()
+    del detector.nodes[-4:], detector.outputs[:]
+    detector.constant("k", np.array([1], np.int64))
+    detector.constant("table", np.zeros((ANCHORS, 2**17 + 1), np.float32))
+    detector.op("TopK", "scores k", "values places", axis=2)
+    detector.op("Gather", "table places", "rows", axis=0)
+    detector.constant("from", np.array([0], np.int64))
+    detector.constant("to", np.array([2], np.int64))
+    detector.constant("axis", np.array([3], np.int64))
+    detector.op("Slice", "rows from to axis", "y")
+    detector.output("y", T.FLOAT, ["N", 3, 1, 2])
+    assert import_onnx(detector.save(tmp_path / "net.onnx")).tail is None
+
+
+def test_a_loop_that_data_end_before_weights_is_refused_and_says_so(tmp_path):
+    detector = with_kept()
+    detector.weight("w_last", 4, 32)
+    detector.op("MatMul", "total w_last", "features")
+    detector.output("features", T.FLOAT, [32])
+    with pytest.raises(ModelImportError, match=r"Loop .*depends on.*'features/MatMul' \(MatMul\) has weights"):
+        import_onnx(detector.save(tmp_path / "net.onnx"))
+
+
 def test_sizes_of_what_the_network_gives_are_computed_by_the_tail(files):
     _, program, _ = files("sizes")
     assert [spec.name for spec in program.signature.outputs] == ["boxes", "scores"]
@@ -158,7 +233,7 @@ def test_loops_and_branches_over_detections_are_written_with_their_graphs(files)
 
 def test_an_undecidable_step_that_no_list_names_is_found_by_tracing(tmp_path):
     """A branch that depends on data through another branch, which a look at the names alone does not show."""
-    detector = with_gathered_boxes()
+    detector = with_gathered_boxes(opset=15)
     del detector.nodes[-3:], detector.outputs[:]
     detector.nodes.pop()  # the suppression
     detector.constant("half", np.array(0.5, np.float32))
@@ -187,7 +262,10 @@ def test_an_undecidable_step_that_no_list_names_is_found_by_tracing(tmp_path):
         )
         for key, kind in (("low", "Neg"), ("high", "Abs"))
     }
-    detector.op("If", "true", "weak", then_branch=inner, else_branch=other)
+    detector.constant("shape", np.array([ANCHORS], np.int64))
+    detector.op("Shape", "boxes", "box_shape", start=1, end=2)
+    detector.op("Equal", "box_shape shape", "usual")
+    detector.op("If", "usual", "weak", then_branch=inner, else_branch=other)
     detector.op("If", "weak", "answer", then_branch=branch["low"], else_branch=branch["high"])
     detector.output("answer", T.FLOAT, ["N", 64, 4])
     program = import_onnx(detector.save(tmp_path / "net.onnx"))

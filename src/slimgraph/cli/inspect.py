@@ -53,9 +53,10 @@ def _coverage(model: str) -> Answer:
     shown = table("operator", "version", "count", "becomes part of", numbers=("version", "count"))
     for row in rows:
         shown.add_row(*map(Text, (row.operator, str(row.version), str(row.count), row.support)))
-    missing = [row.operator for row in rows if row.support == NOT]
+    missing = {row.operator: row.reason for row in rows if row.support == NOT}
     verdict = f"Not supported: {', '.join(missing)}." if missing else "Every operator is supported."
-    return Answer(data={"model": model, "supported": not missing, "operators": rows}, shown=(shown, verdict))
+    reasons = [Text(f"  {reason}") for reason in missing.values() if reason]
+    return Answer(data={"model": model, "supported": not missing, "operators": rows}, shown=(shown, verdict, *reasons))
 
 
 def _of_program(name: str, program: "Program") -> Answer:

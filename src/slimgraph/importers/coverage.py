@@ -3,10 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from slimgraph.importers.onnx.graph import Graph, Node
+if TYPE_CHECKING:
+    from slimgraph.importers.onnx.graph import Model, Node
 
 PROGRAM, TAIL, NOT = "program", "post-processing", "not supported"
 
@@ -22,15 +24,18 @@ class Coverage:
     count: int
     support: str
     """"program"; "post-processing", which is kept as ONNX behind it; "not supported"."""
+    reason: str = ""
+    """Of what is not supported: what importing would say."""
 
 
 def coverage(path: str | os.PathLike[str]) -> tuple[Coverage, ...]:
     """The kinds of operators in an ONNX or Paddle model, what is not supported first, then the most frequent.
 
-    That an operator is supported does not promise that every use of it is: attributes and shapes are seen by importing.
+    What nothing needs is not counted, nor is a branch that never runs. That an operator is supported does not promise
+    that every use of it is: attributes and shapes are seen by importing.
 
     Raises:
-        ModelImportError: the file is missing or damaged.
+        ModelImportError: the file is missing or damaged, or its operators are of a version that is not read.
     """
     rows = _of_onnx(path) if Path(path).suffix.lower() == ".onnx" else _of_paddle(path)
     order = (NOT, TAIL, PROGRAM)
@@ -38,32 +43,62 @@ def coverage(path: str | os.PathLike[str]) -> tuple[Coverage, ...]:
 
 
 def _of_onnx(path: str | os.PathLike[str]) -> Iterator[Coverage]:
+    from slimgraph.importers.onnx.branches import without_branches
     from slimgraph.importers.onnx.read import read_model
-    from slimgraph.importers.onnx.table import find
-    from slimgraph.importers.onnx.tail import decided_by_data
+    from slimgraph.importers.onnx.table import require_version
 
     model = read_model(path)
-    behind = decided_by_data(model)
+    require_version(model)
+    model = without_branches(model)
     kinds: Counter[tuple[str, str, str]] = Counter()
-    for node in _nodes(model.graph):
-        known = PROGRAM if find(node, model.opsets) is not None else NOT
-        kinds[node.domain, node.operator, TAIL if node.name in behind else known] += 1
+    reasons: dict[tuple[str, str, str], str] = {}
+    for node, support, reason in _nodes(model):
+        kind = (node.domain, node.operator, support)
+        kinds[kind] += 1
+        reasons.setdefault(kind, reason)
     for (domain, operator, support), count in kinds.items():
-        name = f"{domain}.{operator}" if domain else operator
-        yield Coverage(operator=name, version=model.opsets.get(domain, 0), count=count, support=support)
+        yield Coverage(
+            operator=f"{domain}.{operator}" if domain else operator,
+            version=model.opsets.get(domain, 0),
+            count=count,
+            support=support,
+            reason=reasons[domain, operator, support],
+        )
 
 
-def _nodes(graph: Graph) -> Iterator[Node]:
-    for node in graph.nodes:
-        yield node
-        for inner in node.subgraphs:
-            yield from _nodes(inner)
+def _nodes(model: "Model") -> Iterator[tuple["Node", str, str]]:
+    """Each node, what becomes of it, and why nothing does."""
+    from slimgraph.importers.onnx.graph import every
+    from slimgraph.importers.onnx.table import find, refusal
+    from slimgraph.importers.onnx.tail import decided_by_data, first_split, unknown
+
+    split, why_not = first_split(model)
+    bound = decided_by_data(model) if why_not else set[str]()
+    behind = (
+        {node.name for node in split.tail.nodes} - {node.name for node in split.head.nodes} if split else set[str]()
+    )
+    for node in model.graph.nodes:
+        for each in every(replace(model.graph, nodes=(node,))):
+            if node.name in behind:
+                yield (each, NOT, refusal(each, model.opsets)) if unknown(each, model) else (each, TAIL, "")
+            elif find(each, model.opsets) is None:
+                yield each, NOT, f"{refusal(each, model.opsets)} {why_not if node.name in bound else ''}".rstrip()
+            elif each.name in bound:
+                yield (
+                    each,
+                    NOT,
+                    f"What {each.operator} at {each.name!r} makes depends on what the inputs hold. {why_not}",
+                )
+            else:
+                yield each, PROGRAM, ""
 
 
 def _of_paddle(path: str | os.PathLike[str]) -> Iterator[Coverage]:
+    from slimgraph.importers.paddle.detection import SUPPRESSING
     from slimgraph.importers.paddle.operators import coverage as of_model
     from slimgraph.importers.paddle.read import read_model
 
     model = read_model(path)
     for operator, count, known in of_model(model):
-        yield Coverage(operator=operator, version=model.version, count=count, support=PROGRAM if known else NOT)
+        support = TAIL if operator in SUPPRESSING else PROGRAM if known else NOT
+        yield Coverage(operator=operator, version=model.version, count=count, support=support)

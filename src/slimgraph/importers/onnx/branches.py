@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from slimgraph.errors import ModelImportError
-from slimgraph.importers.onnx.graph import Attribute, Graph, Model, Node, Value
+from slimgraph.importers.onnx.graph import Attribute, Graph, Model, Node, Value, every
 from slimgraph.importers.onnx.table import find, steps_of
 from slimgraph.importers.steps import Interpreted
 from slimgraph.program.names import unused
@@ -24,7 +24,7 @@ def without_branches(model: Model) -> Model:
 
     Where a condition follows from shapes, tracing decides; where it follows from what the inputs hold, nothing can.
     """
-    if all(node.operator != "If" for node in _every(model.graph)):
+    if all(node.operator != "If" for node in every(model.graph)):
         return model
     inliner = _Inliner(model.opsets)
     inliner.learn(model.graph)
@@ -144,13 +144,6 @@ class _Inliner:
         shared = [name for name in own if self.defined[name] > 1]
         self.defined.subtract(shared)
         return _renamed(body, {name: self._new(name) for name in shared}, is_own=True)
-
-
-def _every(graph: Graph) -> Iterator[Node]:
-    for node in graph.nodes:
-        yield node
-        for body in node.subgraphs:
-            yield from _every(body)
 
 
 def _defined(graph: Graph) -> Iterator[str]:

@@ -74,3 +74,11 @@ class Model:
     opsets: Mapping[str, int]
     """Version by domain; the standard one is the empty word. A domain that nodes use has a version."""
     producer: str
+
+
+def every(graph: Graph) -> Iterator[Node]:
+    """The nodes of a graph, and of the graphs inside of them."""
+    for node in graph.nodes:
+        yield node
+        for body in node.subgraphs:
+            yield from every(body)

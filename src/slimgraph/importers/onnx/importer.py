@@ -1,7 +1,6 @@
 """Read an ONNX file as a program."""
 
 import os
-from collections.abc import Collection
 
 import torch
 
@@ -11,7 +10,15 @@ from slimgraph.importers.onnx.declared import require_outputs
 from slimgraph.importers.onnx.graph import Model, Value
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import OLDEST, require_version, steps_of
-from slimgraph.importers.onnx.tail import NotPostProcessingError, Split, decided_by_data, owner_of, split_at, tail_of
+from slimgraph.importers.onnx.tail import (
+    NotPostProcessingError,
+    Split,
+    first_split,
+    owner_of,
+    require_known,
+    split_at,
+    tail_of,
+)
 from slimgraph.importers.steps import Interpreted, UndecidableError
 from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Json, Program
@@ -44,34 +51,27 @@ def program_of(model: Model, *, input_shapes: InputShapes) -> Program:
     """The program of a model that was read."""
     require_version(model)
     model = without_branches(model)
-    cut = decided_by_data(model)
-    split, refusal = _split(model, cut)
-    if split is None:  # the trace tells better what cannot be had
-        cut = set()
+    split, refusal = first_split(model)
+    cut = set[str]() if split is None else set(split.cut)
     most = len(cut) + _MOST_TRACES
     while True:
+        if split is not None:
+            require_known(split, model)
         try:
             return _traced(model, split, input_shapes)
         except UndecidableError as error:
             owner = owner_of(model, error.step.name)
             if owner is None or owner in cut or len(cut) >= most:
-                raise
+                raise ModelImportError(f"{error} {refusal}".rstrip()) from error
             cut.add(owner)
-            split, refusal = _split(model, cut)
-            if split is None:
-                raise ModelImportError(f"{error} {refusal}") from error
+            try:
+                split = split_at(model, cut)
+            except NotPostProcessingError as refused:
+                raise ModelImportError(f"{error} {refused}") from error
         except ModelImportError as error:
             if split is None and refusal:
                 raise ModelImportError(f"{error} {refusal}") from error
             raise
-
-
-def _split(model: Model, cut: Collection[str]) -> tuple[Split | None, str]:
-    """The model, split at these nodes if there are any; or the reason why it cannot be."""
-    try:
-        return (split_at(model, cut) if cut else None), ""
-    except NotPostProcessingError as refusal:
-        return None, str(refusal)
 
 
 def _traced(model: Model, split: Split | None, input_shapes: InputShapes) -> Program:

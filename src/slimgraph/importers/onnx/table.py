@@ -177,12 +177,17 @@ def _body(
 
 def _missing(node: Node, opsets: Mapping[str, int], is_branch: bool) -> Operator:
     if not is_branch:
-        raise ModelImportError(refusal(node, opsets))
+        raise missing(node, opsets)
 
     def run(*_: Any) -> Any:
-        raise ModelImportError(refusal(node, opsets))
+        raise missing(node, opsets)
 
     return Operator(run=run)
+
+
+def missing(node: Node, opsets: Mapping[str, int]) -> ModelImportError:
+    """The error about a node whose operator cannot be imported."""
+    return ModelImportError(f"{refusal(node, opsets)} `slimgraph inspect --coverage` lists what a model needs.")
 
 
 def refusal(node: Node, opsets: Mapping[str, int]) -> str:
@@ -197,7 +202,4 @@ def refusal(node: Node, opsets: Mapping[str, int]) -> str:
         what = f"Known domains: {', '.join(repr(name) for name in OPERATORS)}."
     else:
         what = closest(node.operator, known)
-    return (
-        f"The operator {node.operator} of {where}, version {version}, at {node.name!r} "
-        f"cannot be imported. {what} `slimgraph inspect --coverage` lists what a model needs."
-    )
+    return f"The operator {node.operator} of {where}, version {version}, at {node.name!r} cannot be imported. {what}"

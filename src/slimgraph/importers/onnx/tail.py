@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 
 from slimgraph.errors import ModelImportError, ProgramError
-from slimgraph.importers.onnx.graph import Graph, Model, Node, Value
-from slimgraph.importers.onnx.table import find, steps_of
+from slimgraph.importers.onnx.control import MOST_TURNS
+from slimgraph.importers.onnx.graph import Graph, Model, Node, Value, every
+from slimgraph.importers.onnx.table import find, missing
 from slimgraph.importers.onnx.write import write_graph
 from slimgraph.program.signature import Signature
-from slimgraph.program.tail import Tail, require_fit
+from slimgraph.program.tail import LARGEST_BYTES, Tail, require_fit
 
 SELECTING = frozenset(
     [
@@ -59,6 +60,14 @@ _LEARNED = frozenset(
 _FEW_WEIGHTS = 64
 """Elements: a matrix that turns centres and sizes into corners has 16, and is geometry."""
 
+_NORMALIZING = frozenset(
+    [
+        *("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization"),
+        *("RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "GroupNorm"),
+    ]
+)
+"""Layers however few weights they read."""
+
 
 class NotPostProcessingError(ModelImportError):
     """What decides by data stands inside of the network, so that nothing can be split off."""
@@ -71,10 +80,28 @@ class Split:
     head: Graph
     tail: Graph
     """Its inputs have no types; the program of the head has them."""
+    cut: frozenset[str]
+    """Nodes behind which all is in the tail."""
     outputs: tuple[str, ...]
     """Of the whole."""
     operators: str
     """What the tail does, in words for the history."""
+
+
+def first_split(model: Model) -> tuple[Split | None, str]:
+    """Where a model is split before anything is traced; None where nothing has to be, or cannot, and then the reason.
+
+    Behind what is decided by data, and behind what is chosen at the end, such as the highest scores and their places.
+    """
+    must, may = decided_by_data(model), chosen_at_the_end(model)
+    reason = ""
+    for cut in (must | may, must):
+        if cut:
+            try:
+                return split_at(model, cut), ""
+            except NotPostProcessingError as error:
+                reason = str(error) if must else ""  # what may be split off may as well stay
+    return None, reason
 
 
 def decided_by_data(model: Model) -> set[str]:
@@ -84,27 +111,70 @@ def decided_by_data(model: Model) -> set[str]:
     for node in model.graph.nodes:
         operator = find(node, model.opsets)
         if operator is None:
-            is_bound = any(each.operator in SELECTING for each in _every([node]))
+            is_bound = any(each.operator in SELECTING for each in _within(node))
         else:
             static = range(len(node.inputs)) if operator.run is None else operator.static
             is_bound = any(node.inputs[i] in values.data for i in static if i < len(node.inputs))
-            is_bound |= any(each.operator in SELECTING for body in node.subgraphs for each in _every(body.nodes))
+            is_bound |= node.operator == "Loop" and _ends_by_data(node, model.graph, values.data)
+            is_bound |= any(each.operator in SELECTING for body in node.subgraphs for each in every(body))
         if is_bound:
             found.add(node.name)
     return found
 
 
+def _ends_by_data(loop: Node, graph: Graph, data: Collection[str]) -> bool:
+    """Whether what the inputs hold decides, beyond doubt, after which turn a loop ends."""
+    body, trips = loop.attributes.get("body"), graph.tensors.get(_trips(loop))
+    if not isinstance(body, Graph) or not body.outputs or (trips is not None and trips.reshape(-1)[:1].sum() <= 1):
+        return False
+    inside = {
+        *data,
+        *(value.name for value, given in zip(body.inputs[2:], loop.inputs[2:], strict=False) if given in data),
+    }
+    for node in body.nodes:
+        if _is_computed(node) and not inside.isdisjoint(_reads(node)):
+            inside |= set(node.outputs)
+    return body.outputs[0].name in inside
+
+
+def chosen_at_the_end(model: Model) -> set[str]:
+    """Names of the nodes that begin to choose among the results of a network, where no weights follow.
+
+    That is a TopK whose places are read, since these jump where numbers change a little, and a Loop that runs as often
+    as sizes say, or longer than it could be unrolled.
+    """
+    values = _Values.of(model.graph)
+    weighted = _before_weights(model.graph, values)
+    wanted = {name for node in model.graph.nodes for name in _reads(node)}
+    wanted |= {value.name for value in model.graph.outputs}
+    return {
+        node.name
+        for node in model.graph.nodes
+        if node.name not in weighted and not values.data.isdisjoint(_reads(node))
+        if (node.operator == "TopK" and not wanted.isdisjoint(node.outputs[1:]))
+        or (node.operator == "Loop" and (_trips(node) in values.sizes or _is_long(node, model.graph)))
+    }
+
+
+def _trips(loop: Node) -> str:
+    return next(iter(loop.inputs), "")
+
+
+def _is_long(loop: Node, graph: Graph) -> bool:
+    trips = graph.tensors.get(_trips(loop))
+    return trips is not None and trips.numel() == 1 and trips.item() > MOST_TURNS
+
+
 def owner_of(model: Model, step: str) -> str | None:
     """The node of the model's own graph that is, or holds, the node of that name."""
-    return next((node.name for node in model.graph.nodes if any(each.name == step for each in _every([node]))), None)
+    return next((node.name for node in model.graph.nodes if any(each.name == step for each in _within(node))), None)
 
 
 def split_at(model: Model, cut: Collection[str]) -> Split:
     """The model without these nodes and all that follows from them, and the rest.
 
     Raises:
-        NotPostProcessingError: weights would be in the tail, or none in the head.
-        ModelImportError: an operator in the tail is not known at all.
+        NotPostProcessingError: weights would be in the tail, or none in the head, or the tail would be too large.
     """
     graph = model.graph
     values = _Values.of(graph)
@@ -117,10 +187,15 @@ def split_at(model: Model, cut: Collection[str]) -> Split:
     behind |= _choices_before(graph, behind, values)
     behind |= _companions(graph, behind, values)
     tail_nodes = _nodes(graph, behind)
-    _require_known(tail_nodes, model)
     made = {name for node in tail_nodes for name in node.outputs}
     read = dict.fromkeys(name for node in tail_nodes for name in _reads(node) if name not in made)
     inputs = [name for name in read if name not in graph.tensors]
+    stored = {name: graph.tensors[name] for name in read if name in graph.tensors}
+    if (size := sum(tensor.nbytes for tensor in stored.values())) > LARGEST_BYTES:
+        raise NotPostProcessingError(
+            f"Nor is it post-processing that could be split off: it reads {size:,} stored bytes, and {LARGEST_BYTES:,} "
+            "can be."
+        )
     given = {value.name for value in graph.inputs}
     wanted = dict.fromkeys([value.name for value in graph.outputs if value.name not in made])
     wanted |= dict.fromkeys(name for name in inputs if name not in given)
@@ -141,9 +216,10 @@ def split_at(model: Model, cut: Collection[str]) -> Split:
             nodes=tuple(tail_nodes),
             inputs=tuple(Value(name=name, dtype=None, shape=None) for name in inputs),
             outputs=tuple(value for value in graph.outputs if value.name in made),
-            tensors={name: graph.tensors[name] for name in read if name in graph.tensors},
+            tensors=stored,
             types={name: graph.types[name] for name in read if name in graph.types},
         ),
+        cut=frozenset(cut),
         outputs=tuple(value.name for value in graph.outputs),
         operators=", ".join(dict.fromkeys(node.operator for node in tail_nodes)),
     )
@@ -209,7 +285,7 @@ class _Values:
                 weights |= dict.fromkeys(node.outputs, max((weights[name] for name in read), default=0))
             elif node.operator in _MEASURING or read <= weights.keys() | sizes:
                 sizes |= set(node.outputs)
-            elif read & data and not any(node.subgraphs) and node.operator not in _NO_TENSORS | _ABOUT_THESE:
+            elif read & data and _is_computed(node):
                 data |= set(node.outputs)
         return _Values(weights, frozenset(sizes), frozenset(data))
 
@@ -218,7 +294,8 @@ class _Values:
         return self._learned(node, self.weights)
 
     def _learned(self, node: Node, weights: MutableMapping[str, int]) -> bool:
-        if node.operator in _LEARNED and any(weights.get(name, 0) > _FEW_WEIGHTS for name in node.inputs):
+        few = 0 if node.operator in _NORMALIZING else _FEW_WEIGHTS
+        if node.operator in _LEARNED | _NORMALIZING and any(weights.get(name, 0) > few for name in node.inputs):
             return True
         for body in node.subgraphs:
             inside = ChainMap({name: tensor.numel() for name, tensor in body.tensors.items()}, weights)
@@ -231,12 +308,15 @@ class _Values:
         return False
 
 
-def _every(nodes: Iterable[Node]) -> Iterator[Node]:
-    """The nodes, and those in the graphs inside of them."""
-    for node in nodes:
-        yield node
-        for body in node.subgraphs:
-            yield from _every(body.nodes)
+def _is_computed(node: Node) -> bool:
+    """Whether results depend on what is in the inputs, and not on their sizes alone, or on a branch."""
+    return not any(node.subgraphs) and node.operator not in _MEASURING | _NO_TENSORS | _ABOUT_THESE
+
+
+def _within(node: Node) -> Iterator[Node]:
+    yield node
+    for body in node.subgraphs:
+        yield from every(body)
 
 
 def _reads(node: Node) -> Iterator[str]:
@@ -262,15 +342,25 @@ def _following(graph: Graph, names: Collection[str]) -> set[str]:
 
 def _choices_before(graph: Graph, behind: Collection[str], values: _Values) -> set[str]:
     """Nodes that choose on the way to the tail, with all that follows from them, where this has no weights."""
-    towards, weighted, found = set[str](), set[str](), set[str]()
+    towards, found = set[str](), set[str]()
+    weighted = _before_weights(graph, values)
     for node in reversed(graph.nodes):
-        leads = node.name in behind or not towards.isdisjoint(node.outputs)
-        has_weights = values.learned(node) or not weighted.isdisjoint(node.outputs)
-        towards |= set(_reads(node)) if leads else set()
-        weighted |= set(_reads(node)) if has_weights else set()
-        if leads and not has_weights and node.operator in _CHOOSING and not values.data.isdisjoint(node.inputs):
+        if node.name not in behind and towards.isdisjoint(node.outputs):
+            continue
+        towards |= set(_reads(node))
+        if node.name not in weighted and node.operator in _CHOOSING and not values.data.isdisjoint(node.inputs):
             found.add(node.name)
     return _following(graph, found)
+
+
+def _before_weights(graph: Graph, values: _Values) -> set[str]:
+    """Nodes that have weights, and those of whose results such nodes make something."""
+    read, found = set[str](), set[str]()
+    for node in reversed(graph.nodes):
+        if values.learned(node) or not read.isdisjoint(node.outputs):
+            found.add(node.name)
+            read |= set(_reads(node))
+    return found
 
 
 def _companions(graph: Graph, behind: Collection[str], values: _Values) -> set[str]:
@@ -300,8 +390,17 @@ def _needed(graph: Graph, wanted: Iterable[str]) -> list[Node]:
     return found[::-1]
 
 
-def _require_known(nodes: Iterable[Node], model: Model) -> None:
-    """Raise the error of the first operator that is neither known nor in `SELECTING`: it might be anything."""
-    for node in _every(nodes):
-        if find(node, model.opsets) is None and node.operator not in SELECTING:
-            steps_of(replace(model.graph, nodes=(node,)), model.opsets)
+def unknown(node: Node, model: Model) -> bool:
+    """Whether an operator in a tail is neither known nor in `SELECTING`: it might be anything."""
+    return find(node, model.opsets) is None and node.operator not in SELECTING
+
+
+def require_known(split: Split, model: Model) -> None:
+    """Refuse a tail with an operator that is not known at all.
+
+    Raises:
+        ModelImportError: there is one.
+    """
+    for node in every(split.tail):
+        if unknown(node, model):
+            raise missing(node, model.opsets)
