@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimgraph.errors import ModelImportError
-from slimgraph.importers.host import LARGEST, Host, product
+from slimgraph.importers.host import LARGEST, SYMBOLS, Host, product
 from slimgraph.program.edit import put
 
 Value: TypeAlias = "Tensor | Host | list[Any] | None"
@@ -31,6 +31,12 @@ _CHANNELS = 2**14
 
 _DEEPEST = 20
 """Operators in a row that make a shape of constants."""
+
+MOST_KNOWN = 2**22
+"""Numbers read and computed while importing in one run, all steps together: Python's are slow, and stay in memory."""
+
+MOST_PARTS = 2**10
+"""Of the expression for a size that depends on a free axis: a few operators in a row can double it each."""
 
 MOST_UNROLLED = 2**14
 """Steps inside of others in one run: a few nested loops could go on for ever."""
@@ -231,6 +237,7 @@ FAILURES = (
     ArithmeticError,
     AttributeError,
     AssertionError,
+    StopIteration,
     MemoryError,
 )
 """What operators raise about values that they cannot have: a file may give each of them anything."""
@@ -277,6 +284,8 @@ class Interpreted(nn.Module):
         """Number of samples of the call that is running."""
         self.unrolled = 0
         """Steps inside of others in the call that is running."""
+        self.counted = 0
+        """Numbers known while importing in the call that is running."""
         self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
@@ -295,7 +304,7 @@ class Interpreted(nn.Module):
         """Outputs by name."""
         self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
-        self.unrolled = 0
+        self.unrolled = self.counted = 0
         for step, done in zip(self.steps, self._last_reads, strict=True):
             self.run([step], values)
             for name in done:  # what is known while importing is small, and may be asked for again
@@ -331,7 +340,9 @@ class Interpreted(nn.Module):
         operator = step.operator
         try:
             if operator.host is not None and self._is_host(step, values):
-                result = operator.host(call, *(self.host(name, values) for name in step.inputs))
+                known = [self.host(name, values) for name in step.inputs]
+                self._count(call, known)
+                result = operator.host(call, *known)
             elif operator.run is not None:
                 result = operator.run(call, *(self._given(call, i, name) for i, name in enumerate(step.inputs)))
             else:
@@ -343,7 +354,13 @@ class Interpreted(nn.Module):
         results = list(result) if isinstance(result, tuple) else [result]
         for value in results:
             _check_size(call, value)
+        self._count(call, results)
         return results
+
+    def _count(self, call: Call, values: Sequence[Value]) -> None:
+        self.counted += sum(value.array.size for value in values if isinstance(value, Host))
+        if self.counted > MOST_KNOWN:
+            raise call.error(f"the model computes more than {MOST_KNOWN} numbers of its sizes")
 
     def _is_host(self, step: Step, values: Mapping[str, Value]) -> bool:
         """Whether all inputs are known, and not all of them floating-point constants, which belong to the program."""
@@ -363,17 +380,25 @@ class Interpreted(nn.Module):
             self._hosts[name] = Host(array.astype(object), dtype)
         return self._hosts.get(name)
 
-    def _evaluated(self, name: str, values: dict[str, Value], depth: int = 0) -> Host | None:
+    def _evaluated(
+        self, name: str, values: dict[str, Value], depth: int = 0, done: dict[str, Host | None] | None = None
+    ) -> Host | None:
         """As `host`, also where it is computed of floating-point constants, which are the program's otherwise."""
         known, step = self.host(name, values), self._makers.get(name)
         if known is not None or step is None or step.operator.host is None or depth > _DEEPEST:
             return known
-        inputs = [self._evaluated(each, values, depth + 1) if each else None for each in step.inputs]
-        if any(each and found is None for each, found in zip(step.inputs, inputs, strict=True)):
-            return None
-        result = step.operator.host(Call(step, self, values), *inputs)
-        found = (result if isinstance(result, tuple) else (result,))[step.outputs.index(name)]
-        return found if isinstance(found, Host) else None
+        done = {} if done is None else done
+        if name not in done:  # each value once, however often it is read
+            done[name] = None
+            inputs = [self._evaluated(each, values, depth + 1, done) if each else None for each in step.inputs]
+            if all(found is not None for each, found in zip(step.inputs, inputs, strict=True) if each):
+                call = Call(step, self, values)
+                result = step.operator.host(call, *inputs)
+                results = list(result) if isinstance(result, tuple) else [result]
+                self._count(call, results)
+                found = results[step.outputs.index(name)]
+                done[name] = found if isinstance(found, Host) else None
+        return done[name]
 
     def tensor(self, name: str, values: Mapping[str, Value]) -> Any:
         """The value as a tensor of the program; a sequence stays what it is, "" is None."""
@@ -584,9 +609,26 @@ def _check_size(call: Call, value: Value) -> None:
     if isinstance(value, Tensor) and value.dim() > MOST_AXES:
         raise call.error(f"its result would have {value.dim()} axes, more than the {MOST_AXES} that are allowed")
     elements = product([_hint(size) for size in (value.shape if isinstance(value, Tensor) else value.array.shape)])
+    if isinstance(value, Host):
+        _check_symbols(call, value)
     most = MOST_ELEMENTS if isinstance(value, Tensor) else LARGEST
     if elements > most:
         raise call.error(f"its result would have {elements} elements, more than the {most} that are allowed")
+
+
+def _check_symbols(call: Call, value: Host) -> None:
+    """Refuse what no size can be, before the next operator makes more of it."""
+    for number in value.numbers:
+        if not isinstance(number, SYMBOLS):
+            continue
+        if number.node.has_hint() and not abs(number.node.hint) < 2**63:
+            raise call.error("its result is larger than any size")
+        parts = [number.node.expr]
+        for _ in range(MOST_PARTS):
+            if parts:
+                parts += parts.pop().args
+        if parts:
+            raise call.error(f"its result depends on a free axis by more than {MOST_PARTS} operations")
 
 
 def _hint(size: Any) -> int:
