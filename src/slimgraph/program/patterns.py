@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import slimgraph.program.edit as edit
 
 aten = torch.ops.aten
+
+_FARTHEST = 32
+"""How many operators a search follows in a row. The longest formula has a third; without an end to it, a chain of
+thousands, `x + 1 + 1 + …`, would be followed from each of its operators."""
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _VIEWS = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
@@ -32,7 +36,8 @@ _COPIES = (
     aten.to.dtype,
     aten._to_copy.default,
 )
-
+_CARRIERS = frozenset((*_VIEWS, *_COPIES))
+"""What leaves the element of a tensor that has one as it is, but for its type."""
 
 # What makes a tensor of one number, and which argument that is.
 _FILLED: Mapping[Any, int] = MappingProxyType({aten.scalar_tensor.default: 0, aten.full.default: 1})
@@ -48,9 +53,16 @@ def fake_of(value: Any) -> Tensor | None:
 
 def stored_source(value: Any) -> fx.Node | None:
     """The node that reads the tensor of which `value` is a view with the same elements in the same order."""
-    while isinstance(value, fx.Node) and value.target in _VIEWS:
+    for _ in range(_FARTHEST):
+        if not isinstance(value, fx.Node) or value.target not in _VIEWS:
+            break
         value = value.args[0]
     return value if isinstance(value, fx.Node) and _tensor_of(value) is not None else None
+
+
+def stored_tensor(value: Any) -> Tensor | None:
+    """The parameter or buffer of which `value` is a view with the same elements in the same order."""
+    return None if (source := stored_source(value)) is None else _tensor_of(source)
 
 
 def _tensor_of(node: fx.Node) -> Tensor | None:
@@ -59,21 +71,28 @@ def _tensor_of(node: fx.Node) -> Tensor | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A constant of the graph: a number, or the one element of a stored tensor; None for everything else."""
-    while isinstance(value, fx.Node) and value.target in (*_VIEWS, *_COPIES):
-        if (fake := fake_of(value)) is None or not fake.is_floating_point():
+    """A constant of the graph: a number, or the one element of a stored tensor; None for everything else.
+
+    A parameter is no constant: it is there to be trained.
+    """
+    for _ in range(_FARTHEST):
+        if not isinstance(value, fx.Node) or value.target not in _CARRIERS:
+            break
+        if not _is_single(fake := fake_of(value)) or not fake.is_floating_point():
             return None  # cut off to an integer, perhaps
         value = value.args[0]
     if isinstance(value, fx.Node):
         if value.target in _FILLED:
-            fake = fake_of(value)
-            alone = fake is not None and all(isinstance(size, int) and size == 1 for size in fake.shape)
-            value = value.args[_FILLED[value.target]] if alone else None
+            value = value.args[_FILLED[value.target]] if _is_single(fake_of(value)) else None
         elif (tensor := _tensor_of(value)) is None or tensor.numel() != 1 or tensor.dtype == torch.bool:
             return None
         else:
-            value = tensor.item()
+            value = None if isinstance(tensor, nn.Parameter) else tensor.item()
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _is_single(fake: Tensor | None) -> TypeGuard[Tensor]:
+    return fake is not None and all(isinstance(size, int) and size == 1 for size in fake.shape)
 
 
 def _idle(node: fx.Node) -> bool:
@@ -206,8 +225,7 @@ class Filled(Pattern):
     number: float
 
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
-        source = stored_source(value)
-        tensor = None if source is None else _tensor_of(source)
+        tensor = stored_tensor(value)
         if value is None or (tensor is not None and bool((tensor == self.number).all())):
             yield match
 
@@ -260,7 +278,9 @@ class Call(Pattern):
     settings: Mapping[str, Pattern] = field(default_factory=dict)
 
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
-        while isinstance(value, fx.Node) and value.target not in self.targets and _idle(value):
+        for _ in range(_FARTHEST):
+            if not isinstance(value, fx.Node) or value.target in self.targets or not _idle(value):
+                break
             match, value = match.through(value), value.args[0]
         if not isinstance(value, fx.Node) or value.target not in self.targets or len(value.args) < len(self.inputs):
             return
@@ -356,22 +376,26 @@ class Commutative(Pattern):
 
         def visit(spelling: _Spelling) -> Iterator[_Spelling]:
             key = frozenset(spelling.weights.items())
-            if key in seen or sum(number_of(node) is None for node in spelling.weights) > reach:
+            too_many = sum(number_of(node) is None for node in spelling.weights) > reach
+            if key in seen or too_many or len(spelling.inner) > _FARTHEST:
                 return
             seen.add(key)
             for node, weight in spelling.weights.items():
                 parts = ((node.args[0], weight),) if _idle(node) else self._taken_apart(node, weight)
-                if parts is not None:
-                    yield from visit(self._expanded(spelling, node, parts))
+                if parts is not None and (farther := self._expanded(spelling, node, parts)) is not None:
+                    yield from visit(farther)
             yield spelling
 
         yield from visit(_Spelling({value: 1.0}, self.unit))
 
-    def _expanded(self, spelling: _Spelling, node: fx.Node, parts: _Parts) -> _Spelling:
+    def _expanded(self, spelling: _Spelling, node: fx.Node, parts: _Parts) -> _Spelling | None:
+        """The spelling with a node taken apart; None where that would cancel: x / x is not 1 at zero."""
         weights, constant = dict(spelling.weights), spelling.constant
         del weights[node]
         for part, weight in parts:
             if isinstance(part, fx.Node):
+                if weights.get(part, 0.0) * weight < 0:
+                    return None
                 weights[part] = weights.get(part, 0.0) + weight
             else:
                 constant = self._combined(constant, float(part), weight)
@@ -456,20 +480,27 @@ class Product(Commutative):
     @staticmethod
     def _combined(constant: float, number: float, weight: float) -> float:
         defined = number > 0 or (number < 0 and weight.is_integer())
-        return constant * number**weight if defined else math.nan
+        try:
+            return constant * number**weight if defined else math.nan
+        except OverflowError:
+            return math.inf
 
     @staticmethod
     def _taken_apart(node: fx.Node, weight: float) -> _Parts | None:
         if not float(weight).is_integer():  # √(x²) is |x|
             return None
+        if node.target is aten.neg.default:
+            return ((-1.0, weight), (node.args[0], weight))
         if node.target in _POWERS:
             exponent = number_of(node.args[1])
-            return None if exponent is None else ((node.args[0], weight * exponent),)
-        if node.target is aten.neg.default:
-            return ((-1.0, 1.0), (node.args[0], weight))
-        if (exponents := _FACTORS.get(node.target)) is None:
+            exponents: tuple[float, ...] | None = None if exponent is None else (exponent,)
+        else:
+            exponents = _FACTORS.get(node.target)
+        if exponents is None:
             return None
-        return tuple((part, weight * exponent) for part, exponent in zip(node.args, exponents, strict=True))
+        if abs(weight) != 1 and not all(float(exponent).is_integer() for exponent in exponents):
+            return None  # (√x)² is x only where x has a root
+        return tuple((part, weight * exponent) for part, exponent in zip(node.args, exponents, strict=False))
 
 
 @dataclass(frozen=True)
@@ -522,7 +553,9 @@ class Clamp(Pattern):
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
         low, high = -math.inf, math.inf
         cut: list[tuple[Any, Match]] = []
-        while isinstance(value, fx.Node) and (limits := _limits(value)) is not None:
+        for _ in range(_FARTHEST):
+            if not isinstance(value, fx.Node) or (limits := _limits(value)) is None:
+                break
             match = match.through(value)
             value = limits[0]
             low, high = (min(max(limit, low), high) for limit in limits[1:])

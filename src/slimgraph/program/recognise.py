@@ -5,6 +5,7 @@ import operator
 from collections import Counter
 
 import torch
+from torch import nn
 
 import slimgraph.program.edit as edit
 from slimgraph.program.patterns import (
@@ -23,10 +24,12 @@ from slimgraph.program.patterns import (
     Value,
     call,
     first_of,
+    stored_tensor,
 )
 from slimgraph.program.program import HistoryEntry, Program
+from slimgraph.program.recognise_attention import ATTENTIONS
 from slimgraph.program.recognise_products import PRODUCTS
-from slimgraph.program.recognise_rule import Build, Found, Operator, Rule, becomes, fixed, same_sizes
+from slimgraph.program.recognise_rule import Build, Draft, Found, Operator, Rule, becomes, fixed, same_sizes
 
 aten = torch.ops.aten
 
@@ -34,9 +37,9 @@ aten = torch.ops.aten
 def recognise(program: Program) -> Program:
     """A program in which layer norms, activations, attention, … that were spelled out are one operator each.
 
-    It computes the same up to rounding, and trains the same, but for constants: numbers in a formula that are stored as
-    tensors of one element, such as an epsilon or a scale, become arguments. An operator takes the name of the value
-    that the formula computed. A formula stays where something else reads its intermediate values.
+    It computes the same up to rounding, and trains the same: what is a parameter stays one. Numbers in a formula that
+    are stored as buffers of one element, such as an epsilon or a scale, become arguments. An operator takes the name of
+    the value that the formula computed. A formula stays where something else reads its intermediate values.
     """
     return recognise_in_place(program.copy())
 
@@ -44,10 +47,11 @@ def recognise(program: Program) -> Program:
 def recognise_in_place(program: Program) -> Program:
     """As `recognise`, for one who has just made the program and keeps no other: large weights are not copied."""
     counts: Counter[str] = Counter()
+    draft = Draft(program)
     for rule in RULES:
         for node in reversed(list(program.graph.nodes)):  # the longest formula is the one that ends last
             if node.op == "call_function" and node.users:
-                counts[rule.name] += rule.rewrite(program, node)
+                counts[rule.name] += rule.rewrite(draft, node)
     if not counts.total():
         return program
     edit.finish(program)
@@ -146,9 +150,29 @@ def _trailing_sizes(found: Found) -> tuple[int, ...] | None:
 
 def _layer_norm(found: Found) -> Operator | None:
     if (sizes := _trailing_sizes(found)) is None:
-        return None
+        return _channel_norm(found)
     affine = (found.stored_as("weight", sizes), found.stored_as("bias", sizes))
     return Operator(aten.layer_norm.default, (found["x"], list(sizes), *affine, found["eps"]))
+
+
+def _channel_norm(found: Found) -> Operator | None:
+    """A layer norm over the channels of images, between two permutations: no slower than its formula.
+
+    Its result lies in another order in memory, in which views behind it could fail.
+    """
+    shape = found.fake("x").shape
+    channels, rank = fixed(shape[1:2]), len(shape)
+    if channels is None or rank < 3 or found["axes"] != (1,) or not found.is_like("x") or found["eps"] < 0:
+        return None
+    broadcast = (*channels, *[1] * (rank - 2))
+    if not all(found.can_store(name, broadcast, channels) for name in ("weight", "bias")):
+        return None
+    if found.program.graph.find_nodes(op="call_function", target=aten.view.default):
+        return None
+    affine = (found.stored_as("weight", channels), found.stored_as("bias", channels))
+    channels_last = found.insert(aten.permute.default, found["x"], [0, *range(2, rank), 1])
+    norm = found.insert(aten.layer_norm.default, channels_last, list(channels), *affine, found["eps"])
+    return Operator(aten.permute.default, (norm, [0, rank - 1, *range(1, rank - 1)]))
 
 
 def _rms_norm(found: Found) -> Operator | None:
@@ -169,8 +193,15 @@ def _group_norm(found: Found) -> Operator | None:
     storable = all(found.can_store(name, broadcast, (channels,)) for name in ("weight", "bias"))
     if not storable or not _reduces_all_but(2, found, len(grouped)):
         return None
+    if not _can_be_left_out(found, "group_weight", "weight") or not _can_be_left_out(found, "group_bias", "bias"):
+        return None
     affine = (found.stored_as("weight", (channels,)), found.stored_as("bias", (channels,)))
     return Operator(aten.group_norm.default, (found["x"], groups, *affine, found["eps"]))
+
+
+def _can_be_left_out(found: Found, inner: str, outer: str) -> bool:
+    """Whether nothing to be trained is lost with what a group has: the channels have the same, each for itself."""
+    return found[outer] is not None or not isinstance(stored_tensor(found[inner]), nn.Parameter)
 
 
 def _reduces_all_but(first: int, found: Found, rank: int) -> bool:
@@ -200,13 +231,10 @@ def _gelu_tanh(inside: Pattern) -> Pattern:
 
 
 _grouped = Named("grouped", reshape(x))
+_idle_affine = {"weight": Named("group_weight", Filled(1.0)), "bias": Named("group_bias", Filled(0.0))}
 _normalized_groups = first_of(
-    call(aten.instance_norm.default)(
-        _grouped, weight=Filled(1.0), bias=Filled(0.0), running_mean=None, use_input_stats=True, eps=eps
-    ),
-    call(aten.layer_norm.default)(
-        _grouped, normalized_shape=Argument("normalized_shape"), weight=Filled(1.0), bias=Filled(0.0), eps=eps
-    ),
+    call(aten.instance_norm.default)(_grouped, **_idle_affine, running_mean=None, use_input_stats=True, eps=eps),
+    call(aten.layer_norm.default)(_grouped, **_idle_affine, normalized_shape=Argument("normalized_shape"), eps=eps),
     standardized(_grouped),
 )
 # TensorFlow's spelling, of which the factor is computed first and used twice.
@@ -248,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     Rule("rms_norm", weight * x * (mean(x**2) + eps) ** -0.5, _rms_norm),
     Rule("group_norm", weight * reshape(_normalized_groups) + bias, _group_norm),
     *PRODUCTS,
+    *ATTENTIONS,
     Rule("flatten", reshape(x), _flatten),
 )
 """In this order: what a rule recognises, the rules behind it may speak of."""

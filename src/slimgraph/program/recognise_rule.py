@@ -23,13 +23,50 @@ class Operator:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Draft:
+    """A program that is being rewritten, and what would take long to find out again for each formula."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._taken = set(program.values)
+        self._reading: dict[int, list[fx.Node]] = {}
+        for node in program.graph.find_nodes(op="get_attr"):
+            if (tensor := edit.constant_of(program.graph_module, node)) is not None:
+                self._reading.setdefault(id(tensor), []).append(node)
+
+    def new_value(self, name: str) -> str:
+        """`name`, or one like it that no value has yet; taken from now on."""
+        name = unused(name, self._taken)
+        self._taken.add(name)
+        return name
+
+    def count_readers(self, tensor: Tensor) -> int:
+        """How many operators read a stored tensor, under whatever names."""
+        return sum(len(node.users) for node in self._reading[id(tensor)])
+
+    def replace_stored(self, source: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Store a changed tensor under the name of the one that `source` alone reads."""
+        module, name = self.program.graph_module, str(source.target)
+        before = edit.tensor_named(module, name)
+        after = change(before.detach()).clone(memory_format=torch.contiguous_format)
+        readers = self._reading.pop(id(before))
+        edit.set_tensor(module, name, after)
+        self._reading[id(edit.tensor_named(module, name))] = readers
+        source.meta["val"] = change(source.meta["val"])
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A formula in a program that may be edited."""
 
-    program: Program
+    draft: Draft
     root: fx.Node
     match: Match
+
+    @property
+    def program(self) -> Program:
+        """The program that is being rewritten."""
+        return self.draft.program
 
     def __getitem__(self, name: str) -> Any:
         """What a name in the pattern stands for; None for one that is missing."""
@@ -50,11 +87,11 @@ class Found:
         """A further operator before the result, in its layer."""
         with self.program.graph.inserting_before(self.root):
             node = self.program.graph.call_function(target, args)
-        operands = [argument.meta.get("val") if isinstance(argument, fx.Node) else argument for argument in args]
-        if all(operand is not None for operand in operands):
-            name = f"{value_of(self.root)}/{operator_name(target)}"
-            set_names(node, layer=layer_of(self.root), value=unused(name, self.program.values))
-            node.meta["val"] = target(*operands)
+        if all("val" in operand.meta for operand in node.all_input_nodes):  # unlike the flag that tells who trains
+            node.meta["val"] = target(*fx.map_arg(args, lambda operand: operand.meta["val"]))
+        if fake_of(node) is not None:
+            name = self.draft.new_value(f"{value_of(self.root)}/{operator_name(target)}")
+            set_names(node, layer=layer_of(self.root), value=name)
         return node
 
     def can_store(self, name: str, broadcast: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -74,7 +111,7 @@ class Found:
         view: Any = self[name]
         while view is not source and len(view.users) == 1:
             view = view.args[0]
-        return view is source and edit.count_readers(self.program.graph_module)[id(tensor)] == 1
+        return view is source and self.draft.count_readers(tensor) == 1
 
     def stored_as(self, name: str, shape: tuple[int, ...]) -> fx.Node | None:
         """The node that reads a tensor for which `can_store` holds, now stored in that shape."""
@@ -82,7 +119,7 @@ class Found:
             return None
         source, tensor = self._stored(name)
         if tuple(tensor.shape) != shape:
-            replace_stored(self.program, source, lambda tensor: tensor.reshape(shape))
+            self.draft.replace_stored(source, lambda tensor: tensor.reshape(shape))
         return source
 
     def _stored(self, name: str) -> tuple[fx.Node, Tensor]:
@@ -103,10 +140,10 @@ class Rule:
     build: Build
     """What takes the formula's place; None, with the program as it was, where shapes or types forbid it."""
 
-    def rewrite(self, program: Program, root: fx.Node) -> bool:
+    def rewrite(self, draft: Draft, root: fx.Node) -> bool:
         """Replace the formula that ends at `root`, if there is one."""
         for match in find(self.pattern, root):
-            found = Found(program, root, match)
+            found = Found(draft, root, match)
             if (made := self.build(found)) is not None:
                 _replace(found, made)
                 return True
@@ -140,14 +177,6 @@ def same_sizes(one: Any, other: Any) -> bool:
 def fixed(sizes: Any) -> tuple[int, ...] | None:
     """The sizes as plain numbers; None where one is free."""
     return tuple(sizes) if all(isinstance(size, int) for size in sizes) else None
-
-
-def replace_stored(program: Program, source: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
-    """Store a changed tensor under the name of the one that `source` alone reads."""
-    name = str(source.target)
-    tensor = change(edit.tensor_named(program.graph_module, name).detach())
-    edit.set_tensor(program.graph_module, name, tensor.clone(memory_format=torch.contiguous_format))
-    source.meta["val"] = change(source.meta["val"])
 
 
 def _without_leading_ones(shape: Any) -> tuple[Any, ...]:
