@@ -943,7 +943,37 @@ def test_an_unknown_operator_is_named_with_its_generation_and_the_closest_ones()
         run_pir("elementwise_add", array(2), array(2))
 
 
-@pytest.mark.parametrize("kind", ["multiclass_nms3", "while", "masked_select"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("how", ["tensor", "four numbers", "none"])
+def test_boxes_are_decoded_from_offsets_to_prior_boxes(how, normalized, axis):
+    target, count, end = array(3, 5, 4), (5, 3)[axis], 1 - normalized
+    corner = array(count, 2, low=0)
+    prior = np.concatenate([corner, corner + array(count, 2, low=0.1, seed=1)], 1)
+    variance = {"tensor": array(count, 4, low=0.1, seed=2), "four numbers": np.float32([0.1, 0.1, 0.2, 0.2])}.get(how)
+    wanted = np.empty_like(target)
+    for row in range(3):
+        for column in range(5):
+            place = (column, row)[axis]
+            size = prior[place, 2:] - prior[place, :2] + end
+            share = np.ones(4) if variance is None else variance if variance.ndim == 1 else variance[place]
+            move = target[row, column] * share
+            center, half = move[:2] * size + prior[place, :2] + size / 2, np.exp(move[2:]) * size / 2
+            wanted[row, column] = [*(center - half), *(center + half - end)]
+    told = {"code_type": "decode_center_size", "box_normalized": normalized, "axis": axis}
+    told["variance"] = tuple(variance.tolist()) if how == "four numbers" else ()
+    tensor = variance if how == "tensor" else None
+    given = {"PriorBox": prior, "PriorBoxVar": tensor, "TargetBox": target}
+    close(run_program("box_coder", given, {"OutputBox": 1}, **told), wanted)
+    close(run_pir("box_coder", *given.values(), **told), wanted)
+
+
+def test_boxes_are_not_encoded():
+    with pytest.raises(ModelImportError, match="known is decode_center_size"):
+        run_pir("box_coder", array(5, 4), None, array(3, 4), code_type="encode_center_size")
+
+
+@pytest.mark.parametrize("kind", ["matrix_nms", "while", "masked_select"])
 def test_what_cannot_become_a_program_is_refused_with_the_reason(kind):
     with pytest.raises(ModelImportError, match=LEFT_OUT[kind][:30]):
         run_program(kind, {"BBoxes": array(2), "Scores": array(2)})
@@ -995,8 +1025,8 @@ def test_inputs_and_attributes_that_are_missing_or_nonsense_are_refused(kind):
 
 
 def test_coverage_tells_what_is_known():
-    builder, _ = program_model("multiclass_nms3", {"BBoxes": Known([1.0], torch.float32), "Scores": Known([1, 2])})
-    assert coverage(builder.model([])) == [("assign_value", 2, True), ("multiclass_nms3", 1, False)]
+    builder, _ = program_model("matrix_nms", {"BBoxes": Known([1.0], torch.float32), "Scores": Known([1, 2])})
+    assert coverage(builder.model([])) == [("assign_value", 2, True), ("matrix_nms", 1, False)]
 
 
 def test_no_kind_is_both_known_and_left_out():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimgraph.importers.paddle.graph import PaddleModel
+from slimgraph.importers.paddle.graph import Value
 from slimgraph.importers.paddle.operators_quantized import (
     DEQUANTIZE_STORED,
     ROUND_KNOWN,
@@ -68,19 +68,22 @@ def rounded_weights(
 
 
 def dequantize_first(
-    steps: Sequence[Step], tensors: Mapping[str, Tensor], model: PaddleModel
+    steps: Sequence[Step], tensors: Mapping[str, Tensor], outputs: Sequence[str], values: Mapping[str, Value]
 ) -> tuple[list[Step], dict[str, Tensor]]:
     """The steps with codes turned into real values in front of each product instead of behind it.
 
     A product stays as it is, which is right too, where the range of its first factor is only known when the model runs,
     where its weight is no stored codes, or where something else reads its codes.
+
+    Args:
+        outputs: values that have to stay.
+        values: what the file declares of its values.
     """
-    outputs = [value.name for value in model.outputs]
     steps, tensors = rounded_weights(steps, tensors, outputs)
-    found = _products(steps, tensors, model, Counter(outputs))
+    found = _products(steps, tensors, values, Counter(outputs))
     added: dict[str, Tensor] = {}
     taken = {name for step in steps for name in (*step.inputs, *step.outputs)} | tensors.keys()
-    values, weights = dict[str, str](), dict[str, str]()  # codes, and the name of their real values
+    reals, weights = dict[str, str](), dict[str, str]()  # codes, and the name of their real values
     written: list[Step] = []
     behind = {each.behind.outputs[0] for each in found.values()}
     for step in steps:
@@ -91,9 +94,9 @@ def dequantize_first(
             written.append(step)
             continue
         codes, weight, *rest = step.inputs
-        if codes not in values:
-            values[codes] = _new(f"{codes}.dequantized", taken)
-            written.append(replace(each.rounding, operator=ROUND_KNOWN, outputs=(values[codes],)))
+        if codes not in reals:
+            reals[codes] = _new(f"{codes}.dequantized", taken)
+            written.append(replace(each.rounding, operator=ROUND_KNOWN, outputs=(reals[codes],)))
         if weight not in weights:
             weights[weight] = _new(f"{weight}.dequantized", taken)
             bits, axis = _bits(tensors[weight]), each.axis or 0
@@ -109,13 +112,13 @@ def dequantize_first(
                     attributes={"bit_length": bits, "quant_axis": axis},
                 )
             )
-        written.append(replace(step, inputs=(values[codes], weights[weight], *rest), outputs=each.behind.outputs))
+        written.append(replace(step, inputs=(reals[codes], weights[weight], *rest), outputs=each.behind.outputs))
     written = _needed(written, outputs)
     return written, {**tensors, **added, **_numbers(written, tensors)}
 
 
 def _products(
-    steps: Sequence[Step], tensors: Mapping[str, Tensor], model: PaddleModel, outputs: Counter[str]
+    steps: Sequence[Step], tensors: Mapping[str, Tensor], values: Mapping[str, Value], outputs: Counter[str]
 ) -> dict[str, _Product]:
     """What can be rewritten, by the product's output."""
     readers = Counter(name for step in steps for name in step.inputs) + outputs
@@ -128,7 +131,7 @@ def _products(
         rounding = makers.get(product.inputs[0])
         if rounding is None or rounding.kind not in _ROUNDING or not _is_codes(tensors.get(product.inputs[1])):
             continue
-        each = _product(rounding, product, behind, tensors, model)
+        each = _product(rounding, product, behind, tensors, values)
         if each is not None:
             found[product.outputs[0]] = each
     # A weight of several products has one scale, and none of its codes is read as such.
@@ -144,7 +147,7 @@ def _products(
 
 
 def _product(
-    rounding: Step, product: Step, behind: Step, tensors: Mapping[str, Tensor], model: PaddleModel
+    rounding: Step, product: Step, behind: Step, tensors: Mapping[str, Tensor], values: Mapping[str, Value]
 ) -> _Product | None:
     top = step_top(int(rounding.attributes.get("bit_length", 8)))
     weight = tensors[product.inputs[1]]
@@ -162,7 +165,7 @@ def _product(
     if share is None or found is None or reach is None:
         return None
     axis, behind_axis = found
-    declared = model.values.get(product.outputs[0])
+    declared = values.get(product.outputs[0])
     if behind_axis < 0:  # the last one, which is the only one to have the channels if it is the one that is meant
         behind_axis = len(declared.shape) - 1 if declared is not None else 0
     if reach.numel() != weight.shape[axis] or behind_axis != max(behind.attributes.get("x_num_col_dims", 1), 1):

@@ -1,6 +1,7 @@
 """Read a Paddle inference model as a program."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -10,9 +11,10 @@ from slimgraph.importers.paddle.join_bias import join_biases
 from slimgraph.importers.paddle.operators import steps_of
 from slimgraph.importers.paddle.operators_quantized import with_stored_codes
 from slimgraph.importers.paddle.read import read_model
-from slimgraph.importers.steps import Interpreted
+from slimgraph.importers.paddle.tail import split, tail_of
+from slimgraph.importers.steps import Interpreted, Step
 from slimgraph.importers.trace import Input, InputShapes, trace
-from slimgraph.program.program import Program
+from slimgraph.program.program import Json, Program
 
 
 def import_paddle(
@@ -27,6 +29,9 @@ def import_paddle(
     Parameters have Paddle's names (`conv2d_0.w_0`), layers those of their parameters, values those of the file.
     Floating-point tensors that are used as weights are parameters, others are buffers. The first axis is free wherever
     that is right; where it is not, the first line of the history says why.
+
+    Non-maximum suppression, and what follows from it, is no part of the program: it becomes the program's `tail`, which
+    exporting to ONNX puts behind it.
 
     Args:
         path: the folder of a model (`*.pdmodel` of Paddle 2, `*.json` of Paddle 3, `__model__` of Paddle 1), or the
@@ -44,18 +49,29 @@ def import_paddle(
 def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
     """The program of a model that was read."""
     names = [value.name for value in model.inputs]
-    outputs = [value.name for value in model.outputs]
-    steps, tensors = with_stored_codes(steps_of(model), model.tensors)
-    steps, tensors = dequantize_first(steps, tensors, model)
+    outputs: Sequence[str] = [value.name for value in model.outputs]
+    steps: Sequence[Step] = steps_of(model)
+    told: dict[str, Json] = {"generation": model.generation, "version": model.version}
+    parts = split(steps, model.tensors, names, outputs)
+    if parts is not None:
+        steps, outputs = parts.head, parts.head_outputs
+        made = {name for step in parts.tail for name in step.outputs}
+        told["post_processing"] = parts.operators
+        told["post_processing_outputs"] = ", ".join(name for name in parts.outputs if name in made)
+    steps, tensors = with_stored_codes(steps, model.tensors)
+    steps, tensors = dequantize_first(steps, tensors, outputs, model.values)
     steps = join_biases(steps, tensors, outputs)
 
     def make(baked: bool) -> Interpreted:
         return Interpreted(steps, names, outputs, tensors, baked=baked)
 
-    return trace(
+    program = trace(
         make,
         [Input(name=value.name, dtype=value.dtype, shape=value.shape) for value in model.inputs],
         sizes=input_shapes,
         step="import_paddle",
-        parameters={"generation": model.generation, "version": model.version, "torch": torch.__version__},
+        parameters={**told, "torch": torch.__version__},
     )
+    if parts is not None:
+        program.tail = tail_of(parts, program.signature)
+    return program

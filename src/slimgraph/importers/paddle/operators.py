@@ -41,9 +41,6 @@ _COURSE = "which operators run depends on values, and a program is one fixed cou
 _RANDOM = "it draws random numbers"
 
 LEFT_OUT: Mapping[str, str] = {
-    "multiclass_nms": _BOXES,
-    "multiclass_nms2": _BOXES,
-    "multiclass_nms3": _BOXES,
     "matrix_nms": _BOXES,
     "nms": _BOXES,
     "generate_proposals": _BOXES,

@@ -100,6 +100,31 @@ def _yolo_box(call: Call, x: Tensor, image_size_N2: Tensor) -> tuple[Tensor, Ten
     return boxes_NAHW4.flatten(1, 3), scores_NAHWK.flatten(1, 3)
 
 
+def _box_coder(call: Call, prior: Tensor, variance: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+    if target is None:
+        raise call.error("its input 'TargetBox' is left out")
+    if call.text("code_type", "encode_center_size") != "decode_center_size":
+        raise call.error("it encodes boxes, as while training; known is decode_center_size")
+    if target.dim() == 2:  # one offset for every prior box
+        target = target.unsqueeze(1).expand(-1, prior.shape[0], 4)
+    along = call.int("axis", 0)  # boxes of target for which a prior box stands: 0 for a column, 1 for a row
+    end = 0.0 if call.attribute("box_normalized", True) else 1.0
+    left, top, right, bottom = prior.unsqueeze(along).unbind(-1)
+    width, height = right - left + end, bottom - top + end
+    if variance is not None:
+        target = target * (variance.unsqueeze(along) if variance.dim() == 2 else variance)
+    elif numbers := _numbers(call, "variance"):
+        target = target * torch.tensor(numbers, dtype=target.dtype, device=target.device)
+    x, y, log_width, log_height = target.unbind(-1)
+    center_x, center_y = x * width + (left + width / 2), y * height + (top + height / 2)
+    half_x, half_y = log_width.exp() * width / 2, log_height.exp() * height / 2
+    return torch.stack([center_x - half_x, center_y - half_y, center_x + half_x - end, center_y + half_y - end], -1)
+
+
+def _suppress(call: Call, *inputs: object) -> object:
+    raise call.undecidable("how many boxes it leaves depends on what the model sees")
+
+
 def _pixel_shuffle(call: Call, x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, call.int("upscale_factor", 1))
 
@@ -134,6 +159,20 @@ ROWS: tuple[Row, ...] = (
         inputs=(one("X"), one("ImgSize")),
         outputs=("Boxes", "Scores"),
         run=_yolo_box,
+    ),
+    Row(
+        pir="box_coder",
+        program="box_coder",
+        inputs=(one("PriorBox"), one("PriorBoxVar"), one("TargetBox")),
+        outputs=("OutputBox",),
+        run=_box_coder,
+    ),
+    Row(
+        pir="multiclass_nms multiclass_nms2 multiclass_nms3",
+        program="multiclass_nms multiclass_nms2 multiclass_nms3",
+        inputs=(one("BBoxes"), one("Scores"), one("RoisNum")),
+        outputs=("Out", "Index", "NmsRoisNum"),
+        run=_suppress,
     ),
     Row(pir="pixel_shuffle", program="pixel_shuffle", run=in_layout(_pixel_shuffle)),
     Row(pir="pixel_unshuffle", program="pixel_unshuffle", run=in_layout(_pixel_unshuffle)),
