@@ -104,7 +104,7 @@ def _modes(graph: fx.Graph) -> dict[str, dict[str, bool | float]]:
     factors: dict[fx.Node, bool | float] = {}
     modes: dict[str, dict[str, bool | float]] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target == edit.TRAINING_FLAG:
+        if edit.is_flag(node):
             factors[node] = True
         elif not any(read in factors for read in node.all_input_nodes):
             continue

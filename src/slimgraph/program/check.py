@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from slimgraph.errors import ProgramError, SlimgraphError
-from slimgraph.program.edit import TRAINING_FLAG, flag_position
+from slimgraph.program.edit import FLAGS, flag_position, is_flag
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.shapes import fake_values
 from slimgraph.program.signature import TensorSpec
+from slimgraph.program.value_range import FOLLOWING
 
-_NAMESPACES = ("aten", "quantized_decomposed")
+_NAMESPACES = ("aten", "quantized_decomposed", "slimgraph")
 _ARITHMETIC = (operator.add.__module__, math.__name__)  # on sizes; so are torch.sym_max and the like
 
 
@@ -70,7 +71,7 @@ def _operators_are_functional(program: Program) -> Iterator[str]:
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target.namespace not in _NAMESPACES:
                 yield f"{_place(node)} is an operator of {node.target.namespace}, not of {' or '.join(_NAMESPACES)}."
-            if node.target._schema.is_mutable:
+            if node.target._schema.is_mutable and node.target not in FOLLOWING:
                 yield f"{_place(node)} writes into its arguments."
         elif node.op == "call_function" and not _is_arithmetic(node.target):
             yield f"{_place(node)} calls {node.target}, which is neither an ATen operator nor arithmetic on sizes."
@@ -85,7 +86,7 @@ def _stored_tensors_exist_and_are_read(program: Program) -> Iterator[str]:
     read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     buffers = dict(graph_module.named_buffers(remove_duplicate=False))
-    for name in sorted(read - parameters.keys() - buffers.keys() - {TRAINING_FLAG}):
+    for name in sorted(read - parameters.keys() - buffers.keys() - FLAGS):
         yield f"The graph reads {name!r}, which is neither a parameter nor a buffer."
     alive = {id(parameters[name]) for name in parameters.keys() & read}  # a tied one may be read under another name
     for name, parameter in parameters.items():
@@ -96,13 +97,14 @@ def _stored_tensors_exist_and_are_read(program: Program) -> Iterator[str]:
 def _training_is_told_at_run_time(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
         position = flag_position(node)
-        if position is not None and not _is_flag(node.args[position]):
+        # A value that shares a range reads it and does not follow it.
+        if position is not None and node.target not in FOLLOWING and not _is_flag(node.args[position]):
             yield f"{_place(node)} has a fixed training flag, {node.args[position]}; train() does not reach it."
 
 
 def _is_flag(argument: Any) -> bool:
     # A norm that was captured with True uses the statistics of its input in both modes.
-    return argument is True or (isinstance(argument, fx.Node) and argument.target == TRAINING_FLAG)
+    return argument is True or is_flag(argument)
 
 
 def _names_are_unique(program: Program) -> Iterator[str]:

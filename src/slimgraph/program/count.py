@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.program.edit import TRAINING_FLAG, arguments, tensor_named
+from slimgraph.program.edit import FLAGS, arguments, tensor_named
 from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.shapes import fake_values
@@ -239,7 +239,7 @@ class _Stored:
     def of(program: Program) -> "_Stored":
         stored = _Stored({}, set(), {name for name, _ in program.named_parameters(remove_duplicate=False)})
         for node in program.graph.nodes:
-            if node.op == "get_attr" and node.target != TRAINING_FLAG:
+            if node.op == "get_attr" and node.target not in FLAGS:
                 stored.names[node] = (str(node.target),)
                 stored.constant.add(node)
             elif node.op == "call_function":

@@ -1,5 +1,6 @@
 """The small vocabulary of graph edits that every pass is written in."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,15 @@ TRAINING_FLAG = "training"
 Batch norm and dropout take that node as their flag, so `train()` and `eval()` need no rewriting of code: rewriting and
 recompiling is lost on a module that Accelerate has prepared for mixed precision (tried on PyTorch 2.13).
 """
+
+STATISTICS_FLAG = "follows_statistics"
+"""Target of the node that says whether batch norms take part in training; `freeze.freeze_statistics_` sets it."""
+
+RANGES_FLAG = "follows_ranges"
+"""Target of the node that says whether quantizers take part in training; `freeze.freeze_ranges_` sets it."""
+
+FLAGS = frozenset({TRAINING_FLAG, STATISTICS_FLAG, RANGES_FLAG})
+"""Attributes of a graph module that nodes read and that are no tensors."""
 
 # Position of the flag among the arguments of the operators that have one.
 _FLAG_POSITION = {
@@ -75,7 +85,7 @@ def tensor_named(graph_module: fx.GraphModule, name: str) -> Tensor:
 
 def constant_of(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
     """The tensor that a node reads from the module, or None where the node is anything else."""
-    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target != TRAINING_FLAG:
+    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target not in FLAGS:
         return tensor_named(graph_module, str(node.target))
     return None
 
@@ -190,22 +200,36 @@ def install_training_flags(graph: fx.Graph) -> None:
     flagged = [node for node in graph.nodes if node.op == "call_function" and node.target in _FLAG_POSITION]
     if not flagged:
         return
-    flag = training_flag(graph)
+    training = training_flag(graph)
     for node in flagged:
         position = _FLAG_POSITION[node.target]
         # A batch norm that was captured with True normalizes with the statistics of its input in both modes.
         if node.args[position] is False:
-            node.update_arg(position, flag)
+            node.update_arg(position, training)
 
 
 def training_flag(graph: fx.Graph) -> fx.Node:
     """The node that reads the module's training mode, made if the graph has none."""
-    found: fx.Node | None = next((n for n in graph.nodes if n.op == "get_attr" and n.target == TRAINING_FLAG), None)
+    return flag(graph, TRAINING_FLAG)
+
+
+def flag(graph: fx.Graph, name: str) -> fx.Node:
+    """The node that reads the flag of that name, one of `FLAGS`, made if the graph has none."""
+    found: fx.Node | None = next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
     if found is not None:
         return found
     with at_start(graph):
         # `Graph.get_attr` warns about attributes that are no tensors.
-        return graph.create_node("get_attr", TRAINING_FLAG)
+        return graph.create_node("get_attr", name)
+
+
+def is_flag(argument: Any) -> bool:
+    """Whether an argument is told at run time whether the program trains, and nothing else."""
+    if not isinstance(argument, fx.Node):
+        return False
+    if argument.target is operator.and_:
+        return all(map(is_flag, argument.args))
+    return argument.op == "get_attr" and argument.target in FLAGS
 
 
 def flag_position(node: fx.Node) -> int | None:

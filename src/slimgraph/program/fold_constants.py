@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.program.edit import TRAINING_FLAG, finish, read_tensor, tensor_named
+from slimgraph.program.edit import FLAGS, finish, read_tensor, tensor_named
 from slimgraph.program.names import operator_name, unused, value_of
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.shapes import fake_values
@@ -51,7 +51,7 @@ def fold_constants(program: Program) -> Program:
 
 def _constants(program: Program) -> dict[fx.Node, frozenset[str]]:
     """Nodes that depend on no input, parameter or chance, each with the buffers that it is made from."""
-    changing = {name for name, _ in program.named_parameters(remove_duplicate=False)} | {TRAINING_FLAG}
+    changing = {name for name, _ in program.named_parameters(remove_duplicate=False)} | FLAGS
     for node in program.graph.nodes:
         statistics = (node.args[position] for position in _STATISTICS.get(node.target, ()))
         changing |= {str(tensor.target) for tensor in statistics if isinstance(tensor, fx.Node)}

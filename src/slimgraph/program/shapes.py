@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
-from slimgraph.program.edit import TRAINING_FLAG, tensor_named
+from slimgraph.program.edit import FLAGS, tensor_named
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
@@ -48,7 +48,7 @@ def fake_values(program: Program, sizes: Mapping[str, int] | None = None, batch:
                 spec = next(inputs)
                 values[node] = torch.empty(spec.sized(chosen), dtype=spec.dtype, device=program.device)
             elif node.op == "get_attr":
-                is_flag = node.target == TRAINING_FLAG
+                is_flag = node.target in FLAGS
                 values[node] = False if is_flag else mode.from_tensor(tensor_named(program.graph_module, node.target))
             elif node.op == "call_function":
                 values[node] = _called(node, values)

@@ -52,7 +52,7 @@ class _Steps:
 
 
 def _example(node: fx.Node) -> Any:
-    return False if node.target == edit.TRAINING_FLAG else node.meta["val"]
+    return False if node.target in edit.FLAGS else node.meta["val"]
 
 
 def _spell_out(attention: fx.Node, step: _Steps) -> None:
