@@ -1,7 +1,8 @@
 """Operators of ONNX that ask for shapes, make them, and rearrange what is there."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -264,10 +265,18 @@ def _range(call: Call, start: Host, limit: Host, delta: Host) -> Any:
     return Host(np.add.accumulate(terms, dtype=terms.dtype).astype(object), start.dtype)
 
 
+def _with_known_value(step: Step, stored: Mapping[str, Tensor]) -> tuple[Step, dict[str, Tensor]] | None:
+    """Its value as a number before anything is traced, since a tensor cannot be asked for one then."""
+    value = step.attributes.get("value")
+    if not isinstance(value, Tensor):
+        return None
+    return replace(step, attributes={**step.attributes, "value": Host.read(value)}), {}
+
+
 def _constant_of_shape(call: Call, shape: Host) -> Any:
     value = call.attribute("value")
-    fill = value.reshape(-1)[0].item() if isinstance(value, Tensor) else 0.0
-    dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+    fill = value.number if isinstance(value, Host) else 0.0
+    dtype = value.dtype if isinstance(value, Host) else torch.float32
     sizes = shape.numbers
     if shape.known and product(sizes) <= 64 and len(sizes) <= 1:
         return Host(np.full([int(size) for size in sizes], fill, dtype=object), dtype)
@@ -358,7 +367,9 @@ OPERATORS: dict[str, Operator] = {
     "Expand": Operator(run=_expand, host=_expand_known, static=(1,)),
     "Tile": Operator(run=_tile, host=_tile_known, static=(1,)),
     "Range": Operator(run=_range, host=_range, static=(0, 1, 2)),
-    "ConstantOfShape": Operator(run=_constant_of_shape, host=_constant_of_shape, static=(0,)),
+    "ConstantOfShape": Operator(
+        run=_constant_of_shape, host=_constant_of_shape, static=(0,), prepare=_with_known_value
+    ),
     "Identity": Operator(run=_identity, host=_identity, views=_always, renames=True),
     "Pad": Operator(run=_pad, static=(1, 2, 3)),
     "DepthToSpace": Operator(run=_depth_to_space),
