@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from slimgraph.errors import ModelImportError
+from slimgraph.importers import steps
 from slimgraph.importers.onnx.importer import import_onnx
 from slimgraph.importers.onnx.read import read_model
 from slimgraph.importers.onnx.table import steps_of
@@ -165,8 +166,8 @@ def _sized_by(factor):
     ]
 
 
-_BIG = 2**20
-"""Numbers that can be known at once."""
+_BIG = 2**18
+"""A quarter of the numbers that can be known at once."""
 
 
 def _refused(tmp_path, nodes, constants, match, *, sizes=(1, 3, 4, 5), opset=18):
@@ -219,7 +220,7 @@ def _refused(tmp_path, nodes, constants, match, *, sizes=(1, 3, 4, 5), opset=18)
                 ("Unsqueeze", "long last", "tall", {}),
                 ("Expand", "tall sizes", "y", {}),
             ],
-            {"zero": 0, "most": _BIG, "one": 1, "last": [1], "sizes": [2]},
+            {"zero": 0, "most": _BIG, "one": 1, "last": [1], "sizes": [9]},
             "more numbers than",
             id="an expansion of many",
         ),
@@ -250,7 +251,7 @@ def _refused(tmp_path, nodes, constants, match, *, sizes=(1, 3, 4, 5), opset=18)
             id="rows picked again and again",
         ),
         pytest.param(
-            [("Range", "zero most one", "long", {}), ("Concat", " ".join(["long"] * 3), "y", {"axis": 0})],
+            [("Range", "zero most one", "long", {}), ("Concat", " ".join(["long"] * 5), "y", {"axis": 0})],
             {"zero": 0, "most": _BIG, "one": 1},
             "more numbers than",
             id="a concatenation of many",
@@ -358,3 +359,53 @@ def test_tiles_and_expansions_of_sizes_are_those_of_onnx_runtime(tmp_path):
     ]
     constants = {"square": np.array([2, 2]), "times": np.array([3, 2]), "sizes": np.array([5, 1, 2])}
     assert_as_runtime(tmp_path, model(nodes, constants=constants, outputs=("tiles", "stretched")), 1, 2, 3, 4)
+
+
+def _fixed_because(tmp_path, nodes, constants=None):
+    """Why a model is imported for one sample only, for which its sizes are plain numbers."""
+    onnx.save(model(nodes, constants=constants, made=TensorProto.FLOAT, x=("n", 3)), tmp_path / "model.onnx")
+    program = import_onnx(tmp_path / "model.onnx")
+    assert program.signature.inputs[0].shape == (1, 3)
+    return str(program.history[0].parameters)
+
+
+def test_a_free_size_that_is_squared_again_and_again_is_given_up(tmp_path):
+    nodes = [("Shape", "x", "s0", {"end": 1}), *[("Mul", f"s{i} s{i}", f"s{i + 1}", {}) for i in range(40)]]
+    nodes += [("ConstantOfShape", "s40", "y", {})]
+    assert "larger than any size" in _fixed_because(tmp_path, nodes)
+
+
+def test_an_expression_of_a_free_size_that_doubles_again_and_again_is_given_up(tmp_path):
+    nodes = [("Shape", "x", "s0", {"end": 1})]
+    for i in range(60):
+        nodes += [("Div", f"s{i} seven", f"a{i}", {}), ("Mul", f"a{i} s{i}", f"b{i}", {})]
+        nodes += [("Add", f"b{i} s{i}", f"c{i}", {}), ("Mod", f"c{i} large", f"s{i + 1}", {})]
+    nodes += [("ConstantOfShape", "s60", "y", {})]
+    constants = {"seven": np.array([7]), "large": np.array([1009])}
+    assert "by more than 1024 operations" in _fixed_because(tmp_path, nodes, constants)
+
+
+def test_numbers_that_many_steps_make_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "MOST_KNOWN", 2**12)
+    nodes = [("Range", "zero most one", "s0", {}), *[("Add", f"s{i} one", f"s{i + 1}", {}) for i in range(50)]]
+    nodes += [("Shape", "s50", "y", {})]
+    constants = {"zero": np.array(0), "most": np.array(2**7), "one": np.array(1)}
+    proto = model(nodes, constants=constants)
+    with pytest.raises(ModelImportError, match="more than 4096 numbers of its sizes"):
+        interpreted(tmp_path, proto, np.zeros((1, 1, 1, 1), np.float32))
+
+
+def test_a_value_that_is_read_many_times_is_computed_once(tmp_path):
+    # Constants of floating-point type are computed where a step asks for them: twenty steps back, 32 inputs each.
+    nodes = [("Max", " ".join([f"s{i}"] * 32), f"s{i + 1}", {}) for i in range(18)]
+    nodes += [("Cast", "s18", "count", {"to": TensorProto.INT64}), ("ConstantOfShape", "count", "y", {})]
+    proto = model(nodes, constants={"s0": np.array([2.0, 3.0], np.float32)}, made=TensorProto.FLOAT)
+    assert interpreted(tmp_path, proto, np.zeros((1, 1, 1, 1), np.float32))[0].shape == (2, 3)
+
+
+def test_a_product_beyond_64_bits_is_no_size(tmp_path):
+    constants = {"one": 1, "most": 70}
+    nodes = [("Range", "one most one", "s", {}), ("ReduceProd", "s", "y", {})]
+    _refused(tmp_path, nodes, constants, "is no size")
+    proto = model([nodes[0], ("ReduceSum", "s", "y", {})], constants={"one": np.array(1), "most": np.array(70)})
+    assert_as_runtime(tmp_path, proto, 1, 1, 1, 1)

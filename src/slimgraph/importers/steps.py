@@ -32,7 +32,7 @@ _CHANNELS = 2**14
 _DEEPEST = 20
 """Operators in a row that make a shape of constants."""
 
-MOST_KNOWN = 2**22
+MOST_KNOWN = 2**23
 """Numbers read and computed while importing in one run, all steps together: Python's are slow, and stay in memory."""
 
 MOST_PARTS = 2**10

@@ -1,5 +1,6 @@
 """Reductions of ONNX: along axes, to places, cumulative."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimgraph.importers.host import Host, product
+from slimgraph.importers.host import Host, product, rounded, typed
 from slimgraph.importers.steps import Call, Operator
 
 Reduce = Callable[[Tensor, list[int], bool], Tensor]
@@ -23,21 +24,33 @@ def _axes(call: Call, rank: int, axes: Host | None) -> list[int]:
     return sorted(axis % rank for axis in chosen)
 
 
-def _reduction(reduce: Reduce, host: Callable[[Any, Any], Any] | None = None) -> Operator:
+def _reduction(
+    reduce: Reduce, ufunc: np.ufunc | None = None, free: Callable[[Any, Any], Any] | None = None
+) -> Operator:
+    """`ufunc` joins two known numbers, `free` two of which one depends on a free axis."""
+
     def run(call: Call, x: Tensor, axes: Host | None = None) -> Tensor:
         chosen = _axes(call, x.dim(), axes)
         if not chosen:  # every element is reduced on its own; PyTorch takes no axes for all
             return reduce(x.unsqueeze(-1), [-1], False)
         return reduce(x, chosen, bool(call.int("keepdims", 1)))
 
-    if host is None:
+    if ufunc is None or free is None:
         return Operator(run=run, static=(1,))
-    pairwise = np.frompyfunc(host, 2, 1)
+    pairwise = np.frompyfunc(free, 2, 1)
 
     def known(call: Call, x: Host, axes: Host | None = None) -> Host:
+        chosen, keep = _axes(call, x.array.ndim, axes), bool(call.int("keepdims", 1))
+        if x.known:
+            found: Any = typed(x.array, x.dtype)
+            if not x.dtype.is_floating_point:  # runtimes differ in what is left of a product beyond 64 bits
+                rounded(ufunc.reduce(found.astype(np.float64), axis=tuple(chosen), keepdims=keep), torch.int64)
+            for axis in reversed(chosen):
+                found = rounded(np.asarray(ufunc.reduce(found, axis=axis, keepdims=keep)), x.dtype)
+            return Host(found.astype(object), x.dtype)
         array = x.array
-        for axis in reversed(_axes(call, array.ndim, axes)):
-            array = np.asarray(pairwise.reduce(array, axis=axis, keepdims=bool(call.int("keepdims", 1))), dtype=object)
+        for axis in reversed(chosen):
+            array = np.asarray(pairwise.reduce(array, axis=axis, keepdims=keep), dtype=object)
         return Host(array, x.dtype)
 
     return Operator(run=run, host=known, static=(1,))
@@ -120,11 +133,11 @@ def _determinant(call: Call, x: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Operator] = {
-    "ReduceSum": _reduction(_sum, lambda a, b: a + b),
+    "ReduceSum": _reduction(_sum, np.add, operator.add),
     "ReduceMean": _reduction(_mean),
-    "ReduceProd": _reduction(_product, lambda a, b: a * b),
-    "ReduceMax": _reduction(_extreme(torch.amax, largest=True), torch.sym_max),
-    "ReduceMin": _reduction(_extreme(torch.amin, largest=False), torch.sym_min),
+    "ReduceProd": _reduction(_product, np.multiply, operator.mul),
+    "ReduceMax": _reduction(_extreme(torch.amax, largest=True), np.maximum, torch.sym_max),
+    "ReduceMin": _reduction(_extreme(torch.amin, largest=False), np.minimum, torch.sym_min),
     "ReduceL1": _reduction(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
     "ReduceL2": _reduction(_in_floats(lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep))),
     "ReduceSumSquare": _reduction(lambda x, axes, keep: _sum(x * x, axes, keep)),
