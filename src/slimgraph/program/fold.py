@@ -9,11 +9,11 @@ from torch import Tensor, fx
 import slimgraph.program.edit as edit
 from slimgraph.program.names import layer_of, unused
 from slimgraph.program.program import HistoryEntry, Program
+from slimgraph.program.value_range import spread_over_weight
 
 aten = torch.ops.aten
 
-# Axis of the weight that holds the output channels.
-_OUTPUT_AXIS = {
+OUTPUT_AXIS = {
     aten.conv1d.default: 0,
     aten.conv2d.default: 0,
     aten.conv3d.default: 0,
@@ -25,6 +25,7 @@ _OUTPUT_AXIS = {
     aten.conv_transpose2d.input: 1,
     aten.conv_transpose3d.input: 1,
 }
+"""Axis of the weight that holds the output channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,8 @@ def _affine(program: Program, norm: fx.Node) -> _Affine | None:
     return _Affine(scale, shift if beta is None else shift + beta.detach().double())
 
 
-def _foldable(program: Program, norm: fx.Node, readers: Counter[int]) -> bool:
-    layer = norm.args[0]
-    if not isinstance(layer, fx.Node) or layer.target not in _OUTPUT_AXIS or len(layer.users) != 1:
+def _takes_norms(program: Program, layer: object, readers: Counter[int]) -> bool:
+    if not isinstance(layer, fx.Node) or layer.target not in OUTPUT_AXIS:
         return False
     weight = edit.constant_of(program.graph_module, layer.args[1])
     bias = edit.arguments(layer)["bias"]
@@ -72,17 +72,36 @@ def fold_batch_norm(program: Program) -> Program:
     folded = program.copy()
     readers = edit.count_readers(folded.graph_module)
     names = []
-    for norm in list(folded.graph.nodes):
-        if norm.target is not aten.batch_norm.default or not _foldable(folded, norm, readers):
-            continue
-        affine = _affine(folded, norm)
-        if affine is None:
-            continue
-        _fold(folded, norm.args[0], affine, readers)
-        norm.replace_all_uses_with(norm.args[0])
-        names.append(layer_of(norm))
+    for layer, norms in foldable_norms(folded).items():
+        for norm in norms:
+            affine = _affine(folded, norm)
+            assert affine is not None
+            _fold(folded, layer, affine, readers)
+            norm.replace_all_uses_with(layer)
+            names.append(layer_of(norm))
     edit.finish(folded)
     return folded.with_history(HistoryEntry(step="fold_batch_norm", parameters={"layers": len(names)}))
+
+
+def foldable_norms(program: Program) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The batch norms that `fold_batch_norm` folds, by the convolution or linear layer that takes them, in order."""
+    readers = edit.count_readers(program.graph_module)
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    owner: dict[fx.Node, fx.Node] = {}
+    for norm in program.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        before = norm.args[0]
+        layer = owner.get(before, before)
+        if len(before.users) == 1 and _takes_norms(program, layer, readers) and _affine(program, norm) is not None:
+            found[layer] = (*found.get(layer, ()), norm)
+            owner[norm] = layer
+    return found
+
+
+def norm_gain(program: Program, norm: fx.Node, weight: Tensor, axis: int) -> Tensor:
+    """What folding a batch norm multiplies a weight by, in float64, in a shape that broadcasts against the weight."""
+    affine = _affine(program, norm)
+    assert affine is not None
+    return spread_over_weight(affine.scale, weight, axis)
 
 
 def _fold(program: Program, layer: fx.Node, affine: _Affine, readers: Counter[int]) -> None:
@@ -90,16 +109,8 @@ def _fold(program: Program, layer: fx.Node, affine: _Affine, readers: Counter[in
     assert isinstance(weight_node, fx.Node)
     name = str(weight_node.target)
     weight = edit.tensor_named(program.graph_module, name)
-    shape = [1] * weight.dim()
-    axis = _OUTPUT_AXIS[layer.target]  # type: ignore[index]
-    shape[axis] = -1
-    scale = affine.scale
-    if axis == 1:  # transposed convolutions hold the output channels of one group in axis 1
-        groups = scale.numel() // weight.shape[1]
-        by_group = weight.detach().double().reshape(groups, -1, *weight.shape[1:])
-        new = (by_group * scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
-    else:
-        new = weight.detach().double() * scale.reshape(shape)
+    axis = OUTPUT_AXIS[layer.target]  # type: ignore[index]
+    new = weight.detach().double() * spread_over_weight(affine.scale, weight, axis)
     edit.set_tensor(program.graph_module, name, new.to(weight.dtype))
     bias = edit.constant_of(program.graph_module, edit.arguments(layer)["bias"])
     shift = affine.shift if bias is None else affine.shift + bias.detach().double() * affine.scale
