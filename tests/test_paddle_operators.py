@@ -973,7 +973,7 @@ def test_boxes_are_not_encoded():
         run_pir("box_coder", array(5, 4), None, array(3, 4), code_type="encode_center_size")
 
 
-@pytest.mark.parametrize("kind", ["matrix_nms", "while", "masked_select"])
+@pytest.mark.parametrize("kind", ["matrix_nms", "where_index", "masked_select"])
 def test_what_cannot_become_a_program_is_refused_with_the_reason(kind):
     with pytest.raises(ModelImportError, match=LEFT_OUT[kind][:30]):
         run_program(kind, {"BBoxes": array(2), "Scores": array(2)})

@@ -79,6 +79,10 @@ class Block:
 
     operators: tuple[Operator, ...]
     arguments: tuple[str, ...] = ()
+    scope: Mapping[str, str] = field(default_factory=dict)
+    """`program`: what the variables that stand in it hold where its operator begins; not all hold something."""
+    writes: Mapping[str, str] = field(default_factory=dict)
+    """`program`: which values of the block around it the variables are that it writes for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +177,10 @@ def _read_inside(operator: Operator, subblocks: Mapping[int, Block], entered: se
         index = waiting.pop()
         if index not in entered:
             entered.add(index)
-            for inner in subblocks[index].operators:
-                yield from inner.reads
+            block = subblocks[index]
+            yield from (block.scope[name] for name in block.writes if name in block.scope)  # perhaps not written
+            for inner in block.operators:
+                yield from (block.scope.get(name, name) for name in inner.reads)
                 waiting.extend(_blocks_of(inner))
 
 

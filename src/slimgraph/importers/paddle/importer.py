@@ -58,8 +58,10 @@ def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
         made = {name for step in parts.tail for name in step.outputs}
         told["post_processing"] = parts.operators
         told["post_processing_outputs"] = ", ".join(name for name in parts.outputs if name in made)
-    steps, tensors = with_stored_codes(steps, model.tensors)
-    steps, tensors = dequantize_first(steps, tensors, outputs, model.values)
+    tensors = model.tensors
+    if not any(any(step.bodies) for step in steps):  # what bodies read would have to be renamed in them
+        steps, tensors = with_stored_codes(steps, tensors)
+        steps, tensors = dequantize_first(steps, tensors, outputs, model.values)
     steps = join_biases(steps, tensors, outputs)
 
     def make(baked: bool) -> Interpreted:

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimgraph.errors import ModelImportError, closest
 from slimgraph.importers.paddle import (
+    control,
     operators_activation,
     operators_arithmetic,
     operators_convolution,
@@ -33,11 +34,11 @@ ROWS: tuple[Row, ...] = (
     *operators_recurrent.ROWS,
     *operators_vision.ROWS,
     *operators_quantized.ROWS,
+    *control.ROWS,
 )
 
 _COUNT = "how many {} it leaves depends on what the model sees, and a program gives tensors of known sizes"
 _BOXES, _PLACES, _ELEMENTS = (_COUNT.format(what) for what in ("boxes", "indices", "elements"))
-_COURSE = "which operators run depends on values, and a program is one fixed course of operators"
 _RANDOM = "it draws random numbers"
 
 LEFT_OUT: Mapping[str, str] = {
@@ -48,9 +49,6 @@ LEFT_OUT: Mapping[str, str] = {
     "nonzero": _PLACES,
     "where_index": _PLACES,
     "masked_select": _ELEMENTS,
-    "while": _COURSE,
-    "conditional_block": _COURSE,
-    "if": _COURSE,
     "uniform_random": _RANDOM,
     "gaussian_random": _RANDOM,
     "uniform": _RANDOM,
@@ -79,7 +77,7 @@ def coverage(model: PaddleModel) -> list[tuple[str, int, bool]]:
     What stands in the bodies of loops and branches is counted, too.
     """
     inside = (operator for block in model.subblocks.values() for operator in block.operators)
-    counts = Counter(operator.kind for operator in (*model.operators, *inside))
+    counts = Counter(operator.kind for operator in (*model.operators, *inside) if operator.kind != control.YIELD)
     known = TABLE[model.generation]
     return [(kind, number, kind in known) for kind, number in counts.most_common()]
 
@@ -93,7 +91,14 @@ def steps_of(model: PaddleModel) -> list[Step]:
     taken = {name for operator in model.operators for name in operator.writes}
     taken |= {value.name for value in model.inputs} | set(model.tensors)
     layers = {operator.name for operator in model.operators}
-    return [step for operator in model.operators for step in _steps(operator, _layer(operator, layers), taken)]
+
+    def of(operator: Operator) -> list[Step]:
+        layer = _layer(operator, layers)
+        if operator.kind in control.KINDS:
+            return [control.control_step(operator, layer, model, taken, of)]
+        return list(_steps(operator, layer, taken))
+
+    return [step for operator in model.operators for step in of(operator)]
 
 
 def _layer(operator: Operator, layers: Set[str]) -> str:

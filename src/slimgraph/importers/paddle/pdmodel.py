@@ -196,6 +196,10 @@ class _Versions:
             )
         return self._current[variable]
 
+    def held(self, variables: Iterable[str]) -> dict[str, str]:
+        """What those of the variables hold that are written already."""
+        return {variable: self._current[variable] for variable in variables if variable in self._current}
+
     def tensor(self, name: str, where: str) -> Value:
         if name not in self.values:
             raise ModelImportError(f"{where} names {name[:200]!r}, which is not declared as a tensor.")
@@ -222,26 +226,57 @@ def _operators(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a block inside another is run."""
+
+    scope: Mapping[str, str]
+    writes: Mapping[str, str]
+
+
 def _main_block(
-    steps: list[_Step], versions: _Versions, names: Names, parameters: Container[str]
-) -> tuple[Operator, ...]:
-    """The operators of the outermost block, in single assignment."""
-    arguments: list[tuple[_Arguments, _Arguments]] = [
-        (
-            {key: tuple(versions.read(name, step.where) for name in found) for key, found in step.inputs.items()},
-            {key: tuple(versions.write(name, step.where) for name in found) for key, found in step.outputs.items()},
-        )
-        for step in steps
-    ]
+    steps: list[_Step],
+    versions: _Versions,
+    names: Names,
+    parameters: Container[str],
+    inner: Mapping[int, list[_Step]],
+) -> tuple[tuple[Operator, ...], dict[int, _Place]]:
+    """The operators of the outermost block, in single assignment, and the places of the blocks `inner`."""
+    arguments: list[tuple[_Arguments, _Arguments]] = []
+    places: dict[int, _Place] = {}
+    for step in steps:
+        inputs = {key: tuple(versions.read(name, step.where) for name in found) for key, found in step.inputs.items()}
+        blocks = [each.index for each in step.attributes.values() if isinstance(each, BlockReference)]
+        scopes = {index: versions.held(_mentioned([step, *inner.get(index, [])])) for index in blocks}
+        outputs = {
+            key: tuple(versions.write(name, step.where) for name in found) for key, found in step.outputs.items()
+        }
+        arguments.append((inputs, outputs))
+        for index, scope in scopes.items():
+            if index in places:
+                raise ModelImportError(f"{step.where} runs the block {index}, which another operator runs, too.")
+            writes = dict(zip(step.outputs.get("Out", ()), outputs.get("Out", ()), strict=True))
+            places[index] = _Place(scope=scope, writes=writes)
     owned = [[name for found in inputs.values() for name in found if name in parameters] for inputs, _ in arguments]
     kinds = [step.kind for step in steps]
-    return _operators(steps, arguments, name_operators(list(zip(kinds, owned, strict=True)), names))
+    return _operators(steps, arguments, name_operators(list(zip(kinds, owned, strict=True)), names)), places
 
 
-def _sub_block(steps: list[_Step], index: int, names: Names) -> Block:
+def _mentioned(steps: Iterable[_Step]) -> dict[str, None]:
+    """The variables that operators read or write."""
+    return dict.fromkeys(
+        name for step in steps for found in (*step.inputs.values(), *step.outputs.values()) for name in found
+    )
+
+
+def _sub_block(steps: list[_Step], index: int, names: Names, place: _Place | None) -> Block:
     """A block inside another, as it is written."""
     layers = name_operators([(step.kind, ()) for step in steps], names, owner=f"block_{index}")
-    return Block(operators=_operators(steps, [(step.inputs, step.outputs) for step in steps], layers))
+    return Block(
+        operators=_operators(steps, [(step.inputs, step.outputs) for step in steps], layers),
+        scope=MappingProxyType(dict(place.scope) if place else {}),
+        writes=MappingProxyType(dict(place.writes) if place else {}),
+    )
 
 
 def _check_references(operators: Iterable[Operator], known: Mapping[int, Block]) -> None:
@@ -288,11 +323,13 @@ def parse_program(data: bytes) -> PaddleModel:
         inputs.append(versions.tensor(versions.write(variable, feed.where), feed.where))
 
     names = Names()
-    operators = _main_block(
+    inner = {i: _steps(block, i) for i, block in enumerate(blocks[1:], start=1)}
+    operators, places = _main_block(
         [step for step in steps if step.kind not in ("feed", "fetch")],
         versions,
         names,
         {value.name for value in parameters.values()},
+        inner,
     )
     fetches = _by_column(steps, "fetch")
     if not fetches:
@@ -300,7 +337,7 @@ def parse_program(data: bytes) -> PaddleModel:
             "it has no fetch operator, so nothing says what its outputs are. Save it with "
             "paddle.static.save_inference_model or paddle.jit.save."
         )
-    subblocks = {i: _sub_block(_steps(block, i), i, names) for i, block in enumerate(blocks[1:], start=1)}
+    subblocks = {i: _sub_block(each, i, names, places.get(i)) for i, each in inner.items()}
     _check_references([*operators, *(each for block in subblocks.values() for each in block.operators)], subblocks)
     return PaddleModel(
         generation="program",
