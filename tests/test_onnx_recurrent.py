@@ -157,6 +157,29 @@ def test_a_constant_state_of_one_sample_is_that_of_every_sample(tmp_path, kind):
     torch.testing.assert_close(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("sizes", [(STEPS, 1, 2 * HIDDEN), (STEPS, -1, 2 * HIDDEN), (STEPS, 1, -1)])
+def test_one_sample_behind_the_time_is_any_number_of_samples(tmp_path, kind, sizes):
+    """As PyTorch writes two directions of a file with one sample: zeros are its state, and sizes tell the result's."""
+    rows = GATES[kind] * HIDDEN
+    stored = {"W": array(2, rows, INPUTS, seed=1), "R": array(2, rows, HIDDEN, seed=2), "B": array(2, 2 * rows, seed=3)}
+    stored |= {"zeros": np.zeros((2, 1, HIDDEN), np.float32), "sizes": np.array(sizes)}
+    states = ["zeros", "zeros"] if kind == "LSTM" else ["zeros"]
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        helper.make_node(kind, ["t", "W", "R", "B", "", *states], ["y"], hidden_size=HIDDEN, direction="bidirectional"),
+        helper.make_node("Transpose", ["y"], ["apart"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["apart", "sizes"], ["joined"]),
+        helper.make_node("Transpose", ["joined"], ["Y"], perm=[1, 0, 2]),
+    ]
+    path = save(tmp_path, nodes, stored, inputs={"x": (1, STEPS, INPUTS)})
+    program = import_onnx(path)
+    assert program.signature.inputs[0].shape == ("batch", STEPS, INPUTS)
+    (found,) = results(program, FREE[2])
+    alone = [runtime(path, FREE[2][i : i + 1])[0] for i in range(len(FREE[2]))]
+    np.testing.assert_allclose(found.detach().numpy(), np.concatenate(alone), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("maker", ["Expand", "ConstantOfShape"])
 def test_a_state_that_is_made_by_shape_arithmetic_follows_the_batch(tmp_path, maker):
     stored = {"W": array(1, 16, 3, seed=1), "R": array(1, 16, 4, seed=2), "zero": np.float32(0)}
@@ -274,9 +297,11 @@ class Tagger(nn.Module):
         return self.head(self.unit(x)[0])
 
 
-def exported(module, path, *, dynamo, dynamic=True):
-    x = torch.from_numpy(array(2, STEPS, INPUTS))
+def exported(module, path, *, dynamo, batch=None):
+    """A file for any number of samples, or for `batch` of them."""
+    x = torch.from_numpy(array(batch or 2, STEPS, INPUTS))
     how = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
+    how = {} if batch else how
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters', about themselves
         torch.onnx.export(
@@ -329,6 +354,16 @@ def test_what_pytorch_exports_comes_back_for_any_batch_and_trains(tmp_path, kind
         optimizer.step()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, DEEP])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_pytorch_exports_for_one_sample_comes_back_for_any_batch(tmp_path, kind, options):
+    module = Tagger(kind, **options).eval()
+    program = import_onnx(exported(module, tmp_path / "model.onnx", dynamo=True, batch=1))
+    for x in map(torch.from_numpy, FREE):
+        torch.testing.assert_close(program(x), module(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
