@@ -97,8 +97,7 @@ def _stored_tensors_exist_and_are_read(program: Program) -> Iterator[str]:
 def _training_is_told_at_run_time(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
         position = flag_position(node)
-        # A value that shares a range reads it and does not follow it.
-        if position is not None and node.target not in FOLLOWING and not _is_flag(node.args[position]):
+        if position is not None and not _is_flag(node.args[position]):
             yield f"{_place(node)} has a fixed training flag, {node.args[position]}; train() does not reach it."
 
 

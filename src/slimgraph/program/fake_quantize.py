@@ -9,7 +9,7 @@ the CPU (PyTorch 2.13, AVX-512: 21 ns an element against 0.5 to 1.8), because it
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from slimgraph.errors import ProgramError
 from slimgraph.program.scheme import SMALLEST_SCALE, grid_of
@@ -231,3 +231,10 @@ PACT = define_operator("pact(Tensor x, Tensor alpha) -> Tensor", _pact)
 Source: Choi et al., "PACT: parameterized clipping activation", 2018, arXiv 1805.06085; on both sides, as
 x - relu(x - alpha) + relu(-alpha - x).
 """
+
+ROUNDING = (FAKE_QUANTIZE, LEARNED_FAKE_QUANTIZE)
+
+
+def is_fake_quantized(graph: fx.Graph) -> bool:
+    """Whether any value or weight of the graph is rounded by these operators."""
+    return any(node.target in ROUNDING for node in graph.nodes)

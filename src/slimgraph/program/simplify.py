@@ -7,7 +7,7 @@ from slimgraph.program.program import HistoryEntry, Program
 
 aten = torch.ops.aten
 
-_IDLE_IN_EVALUATION = (
+IDLE_IN_EVALUATION = (
     aten.dropout.default,
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
@@ -22,7 +22,7 @@ def remove_dropout(program: Program) -> Program:
     simpler = program.copy()
     removed = 0
     for node in list(simpler.graph.nodes):
-        if node.op == "call_function" and node.target in _IDLE_IN_EVALUATION:
+        if node.op == "call_function" and node.target in IDLE_IN_EVALUATION:
             node.replace_all_uses_with(node.args[0])
             simpler.graph.erase_node(node)  # random operators count as impure, and are no dead code to torch.fx
             removed += 1

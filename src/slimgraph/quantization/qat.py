@@ -1,0 +1,171 @@
+"""Quantization-aware training: from a float program and a plan to one that trains as it will be quantized."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import slimgraph.program.edit as edit
+from slimgraph.errors import ConfigError, ProgramError
+from slimgraph.program.fake_quantize import LEARNED_FAKE_QUANTIZE, PACT, is_fake_quantized
+from slimgraph.program.fold import OUTPUT_AXIS, fold_batch_norm, foldable_norms, set_bias
+from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
+from slimgraph.program.names import unused
+from slimgraph.program.program import Program, require_program
+from slimgraph.program.qdq import is_quantized
+from slimgraph.program.simplify import remove_dropout
+from slimgraph.program.spell_attention import spell_out_attention
+from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
+from slimgraph.quantization.insert import ActivationRange, Pact, WeightRange, insert, require_values
+from slimgraph.quantization.plan import QuantizationPlan
+
+
+def prepare_qat(
+    program: Program,
+    plan: QuantizationPlan,
+    *,
+    repaired: Program | None = None,
+    weight_quantize_type: WeightRange = "channel_wise_abs_max",
+    activation_quantize_type: ActivationRange = "moving_average",
+    window_size: int = WINDOW_SIZE,
+    moving_rate: float = MOVING_RATE,
+    pact: Pact | None = None,
+    warm: bool = True,
+) -> Program:
+    """A program in training mode that evaluates, before its first step, as the plan's post-training quantization does.
+
+    Batch norms and dropout are alive in it. It is trained like any program; `freeze_statistics_` and `freeze_ranges_`
+    still what should be still late in training, and `freeze` gives what `apply_quantization` takes, at any time.
+
+    That it begins at the accuracy of post-training quantization holds for ranges that the recurrences can hold: all on
+    symmetric grids, and those of "moving_average" and the learned ones on others. "abs_max" takes its own.
+
+    Args:
+        program: the float program, batch norms not folded; it stays as it is.
+        plan: with ranges, made for `quantize.prepare(program)`.
+        repaired: what `correct_bias` gave for the prepared program. The same shifts go into the biases of batch norms.
+        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, warm: as for `insert`.
+    Raises:
+        ConfigError: an option is wrong, the plan has no ranges or speaks of another program, or `repaired` differs in
+            more than biases.
+        ProgramError: the program is none, or is quantized already.
+    """
+    require_program(program)
+    if is_quantized(program.graph) or is_fake_quantized(program.graph):
+        raise ProgramError("The program is quantized already. Give the float one that it was made from.")
+    spelled = program
+    if any(a.value not in program.values for a in plan.activations):
+        spelled = spell_out_attention(program)  # for targets that compute it in integers
+    require_values(spelled, plan)
+    if repaired is not None:
+        spelled = _with_biases_of(repaired, spelled)
+    inserted = insert(
+        spelled,
+        plan,
+        weight_quantize_type=weight_quantize_type,
+        activation_quantize_type=activation_quantize_type,
+        window_size=window_size,
+        moving_rate=moving_rate,
+        pact=pact,
+        warm=warm,
+    )
+    freeze_statistics_(inserted, False)
+    freeze_ranges_(inserted, False)
+    inserted.train()
+    return inserted
+
+
+def _with_biases_of(repaired: Program, program: Program) -> Program:
+    """The unfolded program, biases moved so that folding gives those of `repaired`."""
+    folded = remove_dropout(fold_batch_norm(program))
+    if (folded.values.keys() != repaired.values.keys()) or not _same_weights(folded, repaired):
+        raise ConfigError(
+            "`repaired` is not this program with other biases. Give what correct_bias made of `prepare(program)`, and "
+            "no program whose weights were repaired."
+        )
+    moved = program.copy()
+    readers = edit.count_readers(moved.graph_module)
+    norms = foldable_norms(moved)
+    values = moved.values
+    for name, node in folded.values.items():
+        if node.target not in OUTPUT_AXIS:
+            continue
+        before, after = _bias(folded, node), _bias(repaired, repaired.values[name])
+        if after is None or (before is not None and torch.equal(before, after)):
+            continue
+        shift = after if before is None else after - before
+        layer = values[name]
+        if layer in norms:
+            _shift_norm(moved, norms[layer][-1], shift)
+        else:
+            old = _bias(moved, layer)
+            weight = edit.constant_of(moved.graph_module, layer.args[1])
+            assert weight is not None
+            set_bias(moved, layer, (shift if old is None else old + shift).to(weight.dtype), readers)
+    return edit.finish(moved)
+
+
+def _bias(program: Program, layer: fx.Node) -> Tensor | None:
+    bias = edit.constant_of(program.graph_module, edit.arguments(layer)["bias"])
+    return None if bias is None else bias.detach().double()
+
+
+def _same_weights(one: Program, other: Program) -> bool:
+    for name, node in one.values.items():
+        if node.target in OUTPUT_AXIS:
+            pair = [edit.constant_of(p.graph_module, p.values[name].args[1]) for p in (one, other)]
+            if any(weight is not None for weight in pair) and (
+                pair[0] is None or pair[1] is None or not torch.equal(pair[0], pair[1])
+            ):
+                return False
+    return True
+
+
+def _shift_norm(program: Program, norm: fx.Node, shift: Tensor) -> None:
+    given = edit.arguments(norm)
+    old = edit.constant_of(program.graph_module, given["bias"])
+    if old is not None:
+        edit.set_tensor(program.graph_module, str(given["bias"].target), (old.detach().double() + shift).to(old.dtype))
+        return
+    variance = edit.constant_of(program.graph_module, given["running_var"])
+    assert variance is not None
+    owner = str(given["running_var"].target).rpartition(".")[0]
+    name = unused(f"{owner}.bias", edit.tensor_names(program.graph_module))
+    norm.update_arg(2, edit.read_tensor(program, name, shift.to(variance.dtype), trainable=True, before=norm))
+
+
+def parameter_groups(
+    program: Program, *, learning_rate: float, weight_decay: float = 0.0, pact: Pact | None = None
+) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them: decay pulls at weights, and not at steps and offsets of quantizers.
+
+    Clipping levels have the decay of `pact`, and the learning rate times its multiplier.
+    """
+    chosen = pact or Pact()
+    levels, steps = set[int](), set[int]()
+    for node in program.graph.nodes:
+        if node.target is PACT:
+            levels |= _parameters_at(program, node.args[1:2])
+        elif node.target is LEARNED_FAKE_QUANTIZE:
+            steps |= _parameters_at(program, node.args[1:3])
+    named = list(program.parameters())
+    groups = [
+        ("weights", [p for p in named if id(p) not in levels | steps], learning_rate, weight_decay),
+        ("steps", [p for p in named if id(p) in steps], learning_rate, 0.0),
+        (
+            "clipping levels",
+            [p for p in named if id(p) in levels],
+            learning_rate * chosen.learning_rate_multiplier,
+            chosen.weight_decay,
+        ),
+    ]
+    return [
+        {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
+        for name, parameters, rate, decay in groups
+        if parameters
+    ]
+
+
+def _parameters_at(program: Program, arguments: tuple[Any, ...]) -> set[int]:
+    tensors = (edit.constant_of(program.graph_module, argument) for argument in arguments)
+    return {id(tensor) for tensor in tensors if tensor is not None}
