@@ -405,3 +405,31 @@ def test_a_range_that_follows_the_input_stays_arithmetic(kind):
     wanted = on_grid(x, np.abs(x).max()) @ (codes * 0.5 / 127).astype(np.float32)
     program = builder.program("y")
     np.testing.assert_allclose(program(torch.from_numpy(x)).detach(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attributes", [{"bit_length": 99}, {"bit_length": "?"}])
+@pytest.mark.parametrize("kind", ["quantize_linear", "fake_channel_wise_quantize_abs_max"])
+def test_damaged_quantization_is_refused(kind, attributes):
+    builder = OldModel("program")
+    builder.inputs["x"] = Value(name="x", dtype=torch.float32, shape=(None, 4))
+    given = {"X": builder.stored("w", array(4, 3)), "Scale": builder.stored("s", np.float32([1, 2, 3, 4]))}
+    given = given if kind == "quantize_linear" else {"X": "w"}
+    outputs = {"Y": "c"} if kind == "quantize_linear" else {"Out": "c", "OutScale": "r"}
+    builder.step(kind, given, outputs, **attributes)
+    builder.step("matmul_v2", {"X": "x", "Y": "c"}, {"Out": "y"})
+    with pytest.raises(ModelImportError):
+        builder.program("y")
+
+
+@pytest.mark.parametrize(("by_channel", "damage"), [
+    (False, {"max_range": "?"}),
+    (False, {"max_range": 0.0}),
+    (True, {"quant_bits": "?"}),
+    (True, {"quant_bits": (99, 1)}),
+])  # fmt: skip
+def test_damaged_scales_behind_a_product_are_refused(by_channel, damage):
+    builder = old_convolution("program", ROUNDING[0], by_channel=by_channel)
+    last = builder.operators[-1]
+    builder.operators[-1] = replace(last, attributes={**last.attributes, **damage})
+    with pytest.raises(ModelImportError):
+        builder.program("y")

@@ -562,7 +562,10 @@ def _prepared(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> tuple[tup
             for name in step.inputs
             if name in tensors and all(reader is step.operator for reader in readers[name])
         }
-        found = step.operator.prepare(step, own) if step.operator.prepare else None
+        try:
+            found = step.operator.prepare(step, own) if step.operator.prepare else None
+        except FAILURES as error:
+            raise _failed(step, error) from error
         if found is None or any(name in tensors and name not in own for name in found[1]):  # a name of another tensor
             return step
         result.update(found[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from slimgraph.errors import ModelImportError
 from slimgraph.importers.onnx.graph import Attribute, Node
 from slimgraph.importers.onnx.tensors import ELEMENTS
-from slimgraph.importers.steps import Step, describe
+from slimgraph.importers.steps import FAILURES, Step, describe
 from slimgraph.program.names import unused
 
 # N = pictures, C = classes, M = boxes of a picture, K = what is selected, of all pictures
@@ -47,7 +47,10 @@ class Writer:
                 f"{', '.join(WRITERS)}. Save the model without it: with {step.inputs[0]!r} as an output."
             )
         self._layer = step.name
-        WRITERS[step.kind](self, step)
+        try:
+            WRITERS[step.kind](self, step)
+        except FAILURES as error:
+            raise refused(step, " ".join(str(error).split())[:300] or type(error).__name__) from error
 
     def op(self, kind: str, *inputs: str, out: str = "", outputs: int = 1, **attributes: Attribute) -> str:
         """Name of the last output of a new node; `out`: what to call it."""
@@ -119,9 +122,9 @@ def _suppress(w: Writer, step: Step) -> None:
         if len(w.sizes[name]) != 3:
             raise refused(step, f"its {what} have the shape {list(w.sizes[name])}, and have to have three axes")
     told = {"normalized": True, "nms_eta": 1.0, "background_label": 0, "nms_threshold": 0.3, **step.attributes}
-    missing = [name for name in ("score_threshold", "nms_top_k", "keep_top_k") if name not in told]
-    if missing:
-        raise refused(step, f"it has no {missing[0]}")
+    for name, kinds in (("score_threshold", (int, float)), ("nms_top_k", int), ("keep_top_k", int)):
+        if not isinstance(told.get(name), kinds):
+            raise refused(step, f"its {name} is {told.get(name)!r}")
     if told["nms_eta"] < 1.0 and told["nms_threshold"] > 0.5:
         raise refused(step, f"its threshold falls with every box (nms_eta {told['nms_eta']}), which ONNX does not know")
     if told["nms_threshold"] < 0:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from slimgraph.errors import ModelImportError
 from slimgraph.importers.paddle.dequantize_first import dequantize_first
 from slimgraph.importers.paddle.graph import PaddleModel
 from slimgraph.importers.paddle.join_bias import join_biases
@@ -12,7 +13,7 @@ from slimgraph.importers.paddle.operators import steps_of
 from slimgraph.importers.paddle.operators_quantized import with_stored_codes
 from slimgraph.importers.paddle.read import read_model
 from slimgraph.importers.paddle.tail import split, tail_of
-from slimgraph.importers.steps import Interpreted, Step
+from slimgraph.importers.steps import FAILURES, Interpreted, Step
 from slimgraph.importers.trace import Input, InputShapes, trace
 from slimgraph.program.program import Json, Program
 
@@ -60,8 +61,12 @@ def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
         told["post_processing_outputs"] = ", ".join(name for name in parts.outputs if name in made)
     tensors = model.tensors
     if not any(any(step.bodies) for step in steps):  # what bodies read would have to be renamed in them
-        steps, tensors = with_stored_codes(steps, tensors)
-        steps, tensors = dequantize_first(steps, tensors, outputs, model.values)
+        try:
+            steps, tensors = with_stored_codes(steps, tensors)
+            steps, tensors = dequantize_first(steps, tensors, outputs, model.values)
+        except FAILURES as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelImportError(f"The quantized operators of the model contradict themselves: {reason}.") from error
     steps = join_biases(steps, tensors, outputs)
 
     def make(baked: bool) -> Interpreted:
