@@ -72,3 +72,19 @@ def test_several_rows_of_one_sample_are_counted_for_one(tmp_path):
     assert program(torch.zeros(2, 3, 4)).shape == (8, 3)
     with pytest.raises(ModelImportError, match=r"float32\[5, 3\], but its operators compute y: float32\[4\*batch, 3\]"):
         imported(tmp_path, [1, 3, 4], [5, 3], nodes=nodes)
+
+
+@pytest.mark.parametrize(("kind", "y", "fits"), [(FLOAT, ["N", 3], True), (INT64, ["N", 3], False), (FLOAT, [], False)])
+def test_sizes_that_are_commonly_miscounted_contradict_nothing_but_types_and_ranks_do(tmp_path, kind, y, fits):
+    """ONNX's inference multiplies in 24 bits: 20 times 0.9 is less than 18 there, and ONNX Runtime computes 18."""
+    scales = onnx.helper.make_tensor("scales", FLOAT, [2], [1.0, 0.9])
+    nodes = [
+        make_node("Constant", [], ["scales"], value=scales),
+        make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest"),
+    ]
+    if fits:
+        assert imported(tmp_path, ["N", 4], y, kind=kind, nodes=nodes).signature.outputs[0].shape == ("batch", 3)
+        assert imported(tmp_path, ["N", 5], y, kind=kind, nodes=nodes).signature.outputs[0].shape == ("batch", 4)
+        return
+    with pytest.raises(ModelImportError, match="says of its output 'y'"):
+        imported(tmp_path, ["N", 4], y, kind=kind, nodes=nodes)

@@ -95,7 +95,7 @@ def _traced(model: Model, split: Split | None, input_shapes: InputShapes) -> Pro
         parameters={**told, "torch": torch.__version__},
         one_sample_because="" if split is None else "the post-processing that was split off was made for one sample.",
     )
-    require_outputs(graph.outputs, graph.inputs, program.signature)
+    require_outputs(graph, program.signature)
     if split is not None:
         program.tail = tail_of(split, model, program.signature)
     return program

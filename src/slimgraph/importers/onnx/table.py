@@ -100,7 +100,9 @@ def _gone(operator: str, domain: str, version: int) -> str:
         schema = defs.get_schema(operator, version, domain)
     except defs.SchemaError:
         return f"It came with version {_first(operator, domain, version)}."
-    return f"It was given up with version {schema.since_version}." if schema.deprecated else ""
+    # What came as deprecated, as GroupNormalization 18 did, has a meaning all the same, and files have it.
+    given_up = schema.deprecated and schema.since_version > _first(operator, domain, 0)
+    return f"It was given up with version {schema.since_version}." if given_up else ""
 
 
 def _first(operator: str, domain: str, before: int) -> int:
