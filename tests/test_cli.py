@@ -73,7 +73,8 @@ NET = """
 
 
 def test_these_are_the_commands():
-    assert sorted(COMMANDS) == ["bench", "compress", "convert", "demo", "doctor", "evaluate", "inspect", "verify"]
+    wanted = ["bench", "compress", "convert", "demo", "doctor", "evaluate", "inspect", "targets", "verify"]
+    assert sorted(COMMANDS) == wanted
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -442,6 +443,15 @@ def test_doctor_says_whether_int8_will_be_fast():
     assert found["verdict"].startswith("int8 is ")
     assert found["versions"]["torch"] == torch.__version__
     assert isinstance(found["fast"], bool)
+
+
+def test_targets_are_listed_with_the_names_of_the_documents():
+    found = answer("targets")
+    assert "convolution" in found["targets"]["onnxruntime"]["operators"]
+    assert found["documented_operators"]["depthwise_conv2d"] == {"kinds": ["convolution"], "only": "depthwise"}
+    shown = run("targets").stdout
+    assert "tensorrt" in shown
+    assert "leaky_relu" in shown
 
 
 # --- interruption ---

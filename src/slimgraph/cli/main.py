@@ -16,6 +16,7 @@ from slimgraph.cli.demo import demo
 from slimgraph.cli.doctor import doctor
 from slimgraph.cli.evaluate import evaluate
 from slimgraph.cli.inspect import inspect
+from slimgraph.cli.targets import targets
 from slimgraph.cli.verify import verify
 
 
@@ -58,7 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-for _command in (demo, inspect, compress, evaluate, bench, convert, verify, doctor):
+for _command in (demo, inspect, compress, evaluate, bench, convert, verify, doctor, targets):
     app.command()(_command)
 
 

@@ -138,6 +138,14 @@ def read_through_padding(node: fx.Node) -> Any:
     return source
 
 
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a convolution has one group for each of several input channels."""
+    if kind_of(node) != kinds.CONVOLUTION:
+        return False
+    weight: torch.Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
+    return bool(edit.arguments(node)["groups"] > 1 and weight.shape[1] == 1)
+
+
 def is_fused_attention(node: fx.Node) -> bool:
     """Whether two products of activations, and the softmax between them, are one operator."""
     return node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default

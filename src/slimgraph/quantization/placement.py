@@ -17,9 +17,11 @@ from slimgraph.program.parts import hinted_elements
 from slimgraph.program.program import Program
 from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
+from slimgraph.quantization.documented import DENSE, DEPTHWISE, Operators, operators_named
 from slimgraph.quantization.operators import (
     WEIGHT_AXIS,
     data_inputs,
+    is_depthwise,
     is_fused_attention,
     kind_of,
     pools_whole_images,
@@ -37,8 +39,10 @@ def plan_quantization(
     *,
     target: str | Target = "onnxruntime",
     skip: Sequence[str] = (),
+    operators: Sequence[str] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    weight_per_channel: bool = True,
 ) -> QuantizationPlan:
     """Where a target wants quantizers in a program; nothing is measured yet.
 
@@ -46,15 +50,21 @@ def plan_quantization(
 
     Args:
         skip: layers that stay float, as `select` takes them.
+        operators: what may be quantized, by our kinds ("convolution", …) or the documents' names ("conv2d", …); None is
+            all that the target computes in integers. What only moves numbers about follows its neighbours.
         weight_bits, activation_bits: other widths than the target's; refused where its kernels have none such.
+        weight_per_channel: False gives every weight one scale, also where the target has one a channel.
     Raises:
-        UnknownNameError: no such target, or a pattern in `skip` matches nothing.
+        UnknownNameError: no such target or operator, or a pattern in `skip` matches nothing.
         ConfigError: the target has no kernel of that width.
     """
     chosen = target_named(target) if isinstance(target, str) else target
     chosen = _with_bits(chosen, weight_bits, activation_bits)
+    if not weight_per_channel:
+        chosen = replace(chosen, weight_per_channel=False)
     skipped = set(select(program, list(skip))) if skip else set()
-    return _Placement(program, chosen, skipped).plan()
+    wanted = None if operators is None else operators_named(operators)
+    return _Placement(program, chosen, skipped, wanted).plan()
 
 
 def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | None) -> Target:
@@ -83,10 +93,13 @@ class _Placement:
     their integer readers see quantized, because the float value is at hand and better.
     """
 
-    def __init__(self, program: Program, target: Target, skipped: set[str]) -> None:
+    def __init__(
+        self, program: Program, target: Target, skipped: set[str], wanted: tuple[Operators, ...] | None
+    ) -> None:
         self.program = program
         self.target = target
         self.skipped = skipped
+        self.wanted = wanted
         self.nodes = list(program.graph.nodes)
         self.outputs = set(program.graph.output_node().all_input_nodes)
         self.quantized: set[fx.Node] = set()
@@ -126,6 +139,8 @@ class _Placement:
             return False
         if name in self.skipped:
             self.kept_float[name] = "it was asked to"
+        elif not self._is_wanted(node):
+            self.kept_float[name] = "it is not among the operators that were asked for"
         elif kind not in self.target.anchors:
             self.kept_float[name] = f"{self.target.name} has no integer kernel for a {kind.replace('_', ' ')}"
         elif kind in WEIGHT_AXIS and weight_of(self.program, node) is None:
@@ -141,6 +156,12 @@ class _Placement:
         else:
             return True
         return False
+
+    def _is_wanted(self, node: fx.Node) -> bool:
+        if self.wanted is None:
+            return True
+        which = DEPTHWISE if is_depthwise(node) else DENSE
+        return any(kind_of(node) in found.kinds and found.only in (None, which) for found in self.wanted)
 
     def _carrier(self, node: fx.Node) -> fx.Node:
         """The node whose value the kernel of `node` writes: itself, or the activation function fused behind it."""
@@ -158,7 +179,7 @@ class _Placement:
             kind = kind_of(node)
             if node in self.integer or value_of(node) in self.skipped or kind is None or not _is_float32(node):
                 continue
-            if kind in self.target.joins:
+            if kind in self.target.joins and self._is_wanted(node):
                 self._try_join(node, kind)
             elif kind in self.target.passing:
                 self._try_pass(node)

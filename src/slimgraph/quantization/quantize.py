@@ -92,9 +92,11 @@ def quantize(
     target: str | Target = "onnxruntime",
     algorithm: str = DEFAULT_ALGORITHM,
     skip: Sequence[str] = (),
+    operators: Sequence[str] | None = None,
     bias_correction: bool = True,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
+    weight_per_channel: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Program:
     """The program with integer weights and quantized activations, as the target computes it.
@@ -107,9 +109,12 @@ def quantize(
             "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI; a `Target` stays what it is.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         skip: layers that stay float: names, globs, `re:…` or `op:…`.
+        operators: what may be quantized, by kind ("convolution", "linear", …) or by the documents' names ("conv2d",
+            "mul", …); `slimgraph targets` lists them. None is all that the target computes in integers.
         bias_correction: take each layer's mean rounding error off its bias.
         weight_bits: fewer bits for weights than the target's.
         activation_bits: fewer bits for activations than the target's.
+        weight_per_channel: False gives each weight one scale instead of one for each output channel.
         progress: called after each batch with the number of samples seen.
     Raises:
         CalibrationError, DataError: the data cannot be used.
@@ -132,8 +137,10 @@ def quantize(
         prepared,
         target=chosen,
         skip=skip,
+        operators=operators,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        weight_per_channel=weight_per_channel,
     )
     return quantize_with_record(
         prepared, plan, calibration, algorithm=algorithm, bias_correction=bias_correction, progress=progress
