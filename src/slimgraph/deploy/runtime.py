@@ -52,15 +52,15 @@ _DTYPES = MappingProxyType(
 )
 
 # ONNX Runtime's exceptions have no common base of their own.
-_RUNTIME_ERRORS = tuple(
+RUNTIME_ERRORS = tuple(
     kind for kind in vars(_bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
-_SILENT = 4  # fatal errors only: what fails is raised, and must not be printed as well
+SILENT = 4  # fatal errors only: what fails is raised, and must not be printed as well
 
 _LONGEST_REASON = 300
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What ONNX Runtime says, without its error codes, source files and C++ signatures, in one short paragraph."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
     text = re.sub(r"\S*\.(?:cc|h|cpp):\d+ .*?\) ?(?:const )?(?=\S)", "", text)
@@ -125,7 +125,7 @@ def create_session(
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = _LEVELS[_level(options, model)]
     settings.intra_op_num_threads = options.threads
-    settings.log_severity_level = _SILENT
+    settings.log_severity_level = SILENT
     if not options.integer_kernels:
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimized_path is not None:
@@ -138,8 +138,8 @@ def create_session(
     content = source if isinstance(source, bytes) else os.fspath(source)
     try:
         session = onnxruntime.InferenceSession(content, settings, providers=[options.provider])
-    except _RUNTIME_ERRORS as error:
-        raise ModelLoadError(f"ONNX Runtime cannot load {source_name(source)}: {_reason(error)}") from error
+    except RUNTIME_ERRORS as error:
+        raise ModelLoadError(f"ONNX Runtime cannot load {source_name(source)}: {reason_of(error)}") from error
     if options.provider not in session.get_providers():
         raise ModelLoadError(
             f"ONNX Runtime could not start {options.provider} for {source_name(source)} and would have used "
@@ -161,7 +161,8 @@ def _spec(value: Any, name: str) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=_DTYPES[value.type], shape=shape)
 
 
-def _to_runtime(tensor: Tensor) -> onnxruntime.OrtValue:
+def to_runtime(tensor: Tensor) -> onnxruntime.OrtValue:
+    """The tensor as ONNX Runtime takes it."""
     plain = tensor.detach().cpu().contiguous()
     if plain.dtype == torch.bfloat16:  # NumPy has no such type: its bits travel as uint16
         bits = plain.view(torch.uint16).numpy()
@@ -169,7 +170,8 @@ def _to_runtime(tensor: Tensor) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(plain.numpy())
 
 
-def _from_runtime(value: onnxruntime.OrtValue) -> np.ndarray:
+def from_runtime(value: onnxruntime.OrtValue) -> np.ndarray:
+    """What ONNX Runtime returned, as an array; bfloat16, which NumPy has not got, as float32."""
     if value.data_type() == "tensor(bfloat16)":
         return from_dlpack(value).float().numpy()
     array: np.ndarray = value.numpy()
@@ -256,7 +258,7 @@ class OnnxModel:
         Raises:
             DataError: the batch does not fit the model's inputs.
         """
-        return {name: _to_runtime(tensor) for name, tensor in self.signature.bind(batch).items()}
+        return {name: to_runtime(tensor) for name, tensor in self.signature.bind(batch).items()}
 
     def run(self, prepared: Mapping[str, onnxruntime.OrtValue]) -> list[onnxruntime.OrtValue]:
         """Outputs in their order, as ONNX Runtime holds them: what is timed, without any conversion.
@@ -266,9 +268,9 @@ class OnnxModel:
         """
         try:
             values: list[onnxruntime.OrtValue] = self._session.run_with_ort_values(None, dict(prepared))
-        except _RUNTIME_ERRORS as error:
+        except RUNTIME_ERRORS as error:
             shapes = ", ".join(f"{name}{list(value.shape())}" for name, value in prepared.items())
-            raise DataError(f"{source_name(self._source)} cannot be run on {shapes}: {_reason(error)}") from error
+            raise DataError(f"{source_name(self._source)} cannot be run on {shapes}: {reason_of(error)}") from error
         return values
 
     def __call__(self, batch: Any = None, /, **inputs: Any) -> dict[str, np.ndarray]:
@@ -285,4 +287,4 @@ class OnnxModel:
         if batch is not None and inputs:
             raise DataError("Give the inputs either as one batch or by name, not both.")
         values = self.run(self.prepare(inputs if batch is None else batch))
-        return {spec.name: _from_runtime(value) for spec, value in zip(self.outputs, values, strict=True)}
+        return {spec.name: from_runtime(value) for spec, value in zip(self.outputs, values, strict=True)}
