@@ -31,6 +31,26 @@ FAILED = {
     "FLOAT4E2M1": "PyTorch on a CPU has no floats of four bits, and nothing quantized in them is imported",
 }
 
+# Computed operator by operator, but not imported as programs, and why: these count as failed, too.
+_NOT_WHOLE = {
+    "division": "integers divided by an input: an import is checked with random integers, zeros among them",
+    "regions": "regions of a second image, by number: an import is checked with one image, too",
+    "version": "files in version 1 of the operators; read are versions from 7 on",
+}
+_DIVISIONS = [f"div_{kind}" for kind in ("int8", "int16", "int32_trunc", "uint8", "uint16", "uint32", "uint64")] + [
+    *(f"mod_mixed_sign_int{bits}" for bits in (8, 16, 32, 64)),
+    *(f"mod_uint{bits}" for bits in (8, 16, 32, 64)),
+    "mod_int64_fmod",
+    "mod_broadcast",
+]
+NOT_WHOLE = {
+    **dict.fromkeys((f"test_{name}" for name in _DIVISIONS), _NOT_WHOLE["division"]),
+    **dict.fromkeys(
+        (f"test_roialign_{how}" for how in ("aligned_false", "aligned_true", "mode_max")), _NOT_WHOLE["regions"]
+    ),
+    **dict.fromkeys((f"test_not_{axes}d" for axes in (2, 3, 4)), _NOT_WHOLE["version"]),
+}
+
 
 def _cases():
     with warnings.catch_warnings():
@@ -81,7 +101,8 @@ def failed(case):
     return None
 
 
-PASSED = {name: case for name, case in CASES.items() if not (not_applicable(case) or failed(case))}
+COMPUTED = {name: case for name, case in CASES.items() if not (not_applicable(case) or failed(case))}
+PASSED = {name: case for name, case in COMPUTED.items() if name not in NOT_WHOLE}
 
 
 def stored_inputs(case):
@@ -159,13 +180,6 @@ def assert_computes(case):
             assert_equal(got, to_torch(expected), case)
 
 
-# Models whose inputs are all stored take nothing.
-TRACED = {name: case for name, case in PASSED.items() if {v.name for v in case.model.graph.input} - stored_inputs(case)}
-
-# Imported operator by operator, but not as programs, and why.
-NOT_TRACED: dict[str, str] = {}
-
-
 def assert_imports(case, path):
     """That the model of an example, written to a path, becomes a program that gives what the example says."""
     values = dict(zip([value.name for value in case.model.graph.input], case.data_sets[0][0], strict=False))
@@ -174,13 +188,19 @@ def assert_imports(case, path):
     model.CopyFrom(case.model)
     model.graph.initializer.extend(_proto(values[name], name) for name in sorted(stored & set(values)))
     open_inputs = [value for value in model.graph.input if value.name not in stored]
+    if not open_inputs:  # a program takes something, and be it for another output
+        open_inputs = [onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1])]
+        model.graph.node.append(onnx.helper.make_node("Identity", ["more"], ["the same"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("the same", onnx.TensorProto.FLOAT, [1]))
+        values["more"] = np.ones(1, np.float32)
     del model.graph.input[:]
     model.graph.input.extend(open_inputs)
     onnx.save(model, path)
     program = import_onnx(path)
     with torch.no_grad():
         found = program(**{value.name: to_torch(values[value.name]) for value in open_inputs})
-    for expected, got in zip(case.data_sets[0][1], found.values() if isinstance(found, dict) else [found], strict=True):
+    results = list(found.values()) if isinstance(found, dict) else [found]
+    for expected, got in zip(case.data_sets[0][1], results, strict="more" not in values):
         assert_equal(got, to_torch(expected), case)
 
 
