@@ -28,6 +28,7 @@ from slimgraph.program.differences import largest_difference
 from slimgraph.program.flatten import flatten
 from slimgraph.program.names import layer_of, operator_name, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.quiet import quiet_export
 from slimgraph.program.recognise import recognise_in_place
 from slimgraph.program.signature import TensorSpec
 
@@ -101,7 +102,7 @@ def _exported(interpreted: Interpreted, inputs: Sequence[Input], attempt: Attemp
             )
     example = tuple(_example(spec, shape, 0) for spec, shape in zip(inputs, attempt.shapes, strict=True))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), quiet_export(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, about its own internals
             exported = torch.export.export(interpreted, example, dynamic_shapes=(shapes,), strict=False)
     except ModelImportError:

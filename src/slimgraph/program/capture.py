@@ -1,16 +1,12 @@
 """Capture a module as a program by `torch.export`."""
 
 import inspect
-import logging
 import re
-import sys
 import traceback
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +20,11 @@ from slimgraph.program.differences import largest_difference
 from slimgraph.program.flatten import flatten, key_name
 from slimgraph.program.names import name_captured_graph, operator_name
 from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.quiet import quiet_export
 from slimgraph.program.stochastic import restore_training_behaviour
 from slimgraph.program.tied import read_under_own_names
 
 BATCH = "batch"
-
-# Loggers of torch.export that print a page before it raises.
-_TALKATIVE = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def capture(
@@ -238,7 +232,7 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
 
     bound = call.bound
     try:
-        with _quiet():
+        with quiet_export():
             exported = torch.export.export(
                 module, bound.args, bound.kwargs, dynamic_shapes=call.structure(shape_of), strict=False
             )
@@ -251,25 +245,6 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
     read_under_own_names(program)
     _compare(program, module, call)
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's own account of a failure off the terminal: what a reader needs of it is in our message."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    disabled = [logger.disabled for logger in loggers]
-    printed = StringIO()
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings(), redirect_stderr(printed):
-            # Recurrent modules keep a second list of their weights, which torch.export replaces and puts back.
-            warnings.filterwarnings("ignore", r"The tensor attributes? \S+\._flat_weights\[", UserWarning)
-            yield
-        sys.stderr.write(printed.getvalue())
-    finally:
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
 
 
 def _refuse_data_dependent_outputs(exported: torch.export.ExportedProgram, module: str) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from slimgraph.errors import ProgramError
 from slimgraph.program.program import Program
+from slimgraph.program.quiet import quiet_export
 
 _LONGEST_REASON = 300
 
@@ -33,7 +34,7 @@ def reexport(program: Program) -> torch.export.ExportedProgram:
     was_training = program.training
     program.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_export():
             return torch.export.export(program.graph_module, example, dynamic_shapes=shapes or None, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:  # UserError and ConstraintViolation are such
         raise ProgramError(

@@ -39,6 +39,16 @@ def _binary(
     return Operator(run=run, host=host, weights=EVERY, numbers=True)
 
 
+def _compared(function: Callable[[Any, Any], Any], swapped: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A comparison that takes a number in either place; PyTorch's take one behind a tensor."""
+    return lambda a, b: function(a, b) if isinstance(a, Tensor) else swapped(b, a)
+
+
+def _of_tensors(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
+    """An operator of PyTorch that takes no numbers, with each of them as a tensor."""
+    return lambda a, b: function(*(x if isinstance(x, Tensor) else torch.full((), x) for x in (a, b)))
+
+
 def common_type(*parts: Host) -> torch.dtype:
     """The type in which numbers are computed that should all have it."""
     result = parts[0].dtype
@@ -318,18 +328,22 @@ OPERATORS: dict[str, Operator] = {
     "IsInf": Operator(run=_is_inf),
     "Not": _unary(torch.logical_not, np.logical_not, _untyped(operator.not_)),
     "BitwiseNot": _unary(torch.bitwise_not),
-    "And": _binary(torch.logical_and, np.logical_and, _untyped(lambda a, b: bool(a) and bool(b)), truth=True),
-    "Or": _binary(torch.logical_or, np.logical_or, _untyped(lambda a, b: bool(a) or bool(b)), truth=True),
-    "Xor": _binary(torch.logical_xor, np.logical_xor, _untyped(lambda a, b: bool(a) != bool(b)), truth=True),
+    "And": _binary(
+        _of_tensors(torch.logical_and), np.logical_and, _untyped(lambda a, b: bool(a) and bool(b)), truth=True
+    ),
+    "Or": _binary(_of_tensors(torch.logical_or), np.logical_or, _untyped(lambda a, b: bool(a) or bool(b)), truth=True),
+    "Xor": _binary(
+        _of_tensors(torch.logical_xor), np.logical_xor, _untyped(lambda a, b: bool(a) != bool(b)), truth=True
+    ),
     "BitwiseAnd": _binary(torch.bitwise_and, np.bitwise_and, _untyped(operator.and_)),
     "BitwiseOr": _binary(torch.bitwise_or, np.bitwise_or, _untyped(operator.or_)),
     "BitwiseXor": _binary(torch.bitwise_xor, np.bitwise_xor, _untyped(operator.xor)),
     "BitShift": Operator(run=_shift),
-    "Equal": _binary(torch.eq, np.equal, _untyped(operator.eq), truth=True),
-    "Greater": _binary(torch.gt, np.greater, _untyped(operator.gt), truth=True),
-    "GreaterOrEqual": _binary(torch.ge, np.greater_equal, _untyped(operator.ge), truth=True),
-    "Less": _binary(torch.lt, np.less, _untyped(operator.lt), truth=True),
-    "LessOrEqual": _binary(torch.le, np.less_equal, _untyped(operator.le), truth=True),
+    "Equal": _binary(_compared(torch.eq, torch.eq), np.equal, _untyped(operator.eq), truth=True),
+    "Greater": _binary(_compared(torch.gt, torch.lt), np.greater, _untyped(operator.gt), truth=True),
+    "GreaterOrEqual": _binary(_compared(torch.ge, torch.le), np.greater_equal, _untyped(operator.ge), truth=True),
+    "Less": _binary(_compared(torch.lt, torch.gt), np.less, _untyped(operator.lt), truth=True),
+    "LessOrEqual": _binary(_compared(torch.le, torch.ge), np.less_equal, _untyped(operator.le), truth=True),
     "Where": Operator(run=_where, host=_where_known, weights=(1, 2)),
     "Clip": Operator(run=_clip, numbers=True),
     "Cast": Operator(run=_cast, host=_cast_known, views=_casts_to_float),
