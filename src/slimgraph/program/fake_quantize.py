@@ -145,20 +145,29 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         x, result, scale, step, offset, zero_tensor = ctx.saved_tensors
         low, high, zero, axis, gradient_scale = ctx.codes
         zero = zero_tensor if zero is None else zero
-        gradient, x = gradients[0].float(), x.float()
-        inside = (x > (low - zero) * scale) & (x < (high - zero) * scale)
-        to_x = torch.where(inside, gradient, 0.0)
-        others = [a for a in range(x.dim()) if a != axis]
-        by_step = to_x * (result - x)
-        if offset is None:
-            by_step += (gradient - to_x) * result  # outside, result / scale is the first or the last code
+        gradient, x, result = gradients[0].float(), x.float(), result.float()
+        first, last = (low - zero) * scale, (high - zero) * scale
+        if axis is None and is_plain(x):
+            to_x = torch.ops.aten.hardtanh_backward(gradient, x, first.item(), last.item())
         else:
-            by_step += (gradient - to_x) * (result + zero * scale)  # there the offset is one of its own
-        to_step = (by_step.sum(others).reshape(step.shape) / scale.reshape(step.shape)) * gradient_scale
+            to_x = torch.where((x > first) & (x < last), gradient, 0.0)
+        others = [a for a in range(x.dim()) if a != axis]
+        rounding = result - x
+        by_step = _inner(to_x, rounding, others)
+        cut = torch.sub(gradient, to_x, out=rounding) if is_plain(x) else gradient - to_x
+        # Outside, result / scale is the first or the last code; where there is an offset, it has its own share of that.
+        by_step = by_step + _inner(cut, result if offset is None else result + zero * scale, others)
+        to_step = (by_step.reshape(step.shape) / scale.reshape(step.shape)) * gradient_scale
         to_offset = None
         if offset is not None:
-            to_offset = (gradient - to_x).sum(others).reshape(offset.shape).to(offset.dtype) * gradient_scale
+            to_offset = cut.sum(others).reshape(offset.shape).to(offset.dtype) * gradient_scale
         return to_x.to(gradients[0].dtype), to_step.to(step.dtype), to_offset, None, None, None, None, None
+
+
+def _inner(a: Tensor, b: Tensor, axes: list[int]) -> Tensor:
+    """The sum of a * b over these axes, without a tensor for the products where it is over all."""
+    whole = len(axes) == a.dim() and is_plain(a)
+    return torch.dot(a.flatten(), b.flatten()) if whole else (a * b).sum(axes)
 
 
 def learned_zero_point(offset: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

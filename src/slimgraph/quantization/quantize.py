@@ -9,6 +9,7 @@ from torch import Tensor
 from slimgraph.deploy.targets import Target, resolved_target, target_named
 from slimgraph.errors import ProgramError
 from slimgraph.program.edit import constant_of
+from slimgraph.program.fake_quantize import is_fake_quantized
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.names import operator_name
 from slimgraph.program.program import Program, require_program
@@ -44,6 +45,11 @@ def require_float(program: Program) -> None:
     Raises:
         ProgramError: it is; quantizers behind quantizers would only add up their errors.
     """
+    if is_fake_quantized(program.graph):
+        raise ProgramError(
+            "The program has fake quantizers, for training. Give what `freeze` makes of it to `apply_quantization`, or "
+            "quantize the float program that it was made from."
+        )
     if is_quantized(program.graph):
         raise ProgramError("The program is quantized already. Give the float one that it was made from.")
 
