@@ -144,7 +144,7 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
         if is_half:
             _check_rules(head)
         else:
-            check_export(program, head, inputs)
+            check_export(program, head, inputs, called=target)
         if program.tail is not None:
             add_tail(program.tail, head, written)
             if not is_half:

@@ -262,7 +262,7 @@ def _measured(
         export_onnx(quantized.program, head, with_tail=False)
         say("Checking the ONNX file", 0, None)
         some = next(iter(how.calibration)).inputs
-        check_export(quantized.program, head, some)
+        check_export(quantized.program, head, some, called=file.name)
         if tail is not None:
             add_tail(tail, head, file)
             signature = quantized.program.signature

@@ -46,7 +46,9 @@ class ExportCheck:
     """Those of a quantized program that it runs in float; 0 for a float program."""
 
 
-def check_export(program: Program, path: str | os.PathLike[str], batch: Any) -> ExportCheck:
+def check_export(
+    program: Program, path: str | os.PathLike[str], batch: Any, *, called: str | os.PathLike[str] | None = None
+) -> ExportCheck:
     """Compare an ONNX file with the program that it was written from.
 
     Args:
@@ -54,13 +56,14 @@ def check_export(program: Program, path: str | os.PathLike[str], batch: Any) -> 
         path: the file.
         batch: a batch of real inputs, as `Signature.bind` takes them. Its first `SAMPLES` samples are used where the
             batch is free, and some of them also alone, in twos and in sevens.
+        called: what messages call the file, where it has not got its own name yet.
     Raises:
         ExportError: they disagree; the message names the value, and by how much.
     """
     inputs = _first_samples(program, program.signature.bind(batch, where="The batch for checking the export"))
     program = program if not program.training else program.copy().eval()
     code_check = _compare_codes(program, Path(path), inputs)
-    error, agreement = compare_outputs(program, OnnxModel.open(path), path, inputs, code_check[2])
+    error, agreement = compare_outputs(program, OnnxModel.open(path), called or path, inputs, code_check[2])
     integer, floating = _kernels(path) if is_quantized(program.graph) else (0, 0)
     return ExportCheck(
         integer_values=code_check[0],
