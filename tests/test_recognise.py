@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -206,6 +207,59 @@ LOOKALIKES = [
 ]
 
 
+# Where x is negative, zero or large, these are not what they cancel to.
+CANCELLING = [
+    lambda x, c: torch.sqrt(x) ** 2 * torch.sigmoid(x),
+    lambda x, c: x * x / x * torch.sigmoid(x),
+    lambda x, c: (x + torch.exp(x) - torch.exp(x)) * torch.sigmoid(x),
+    lambda x, c: (x * c(1e200)) ** 2,
+    lambda x, c: torch.sqrt((-x) ** 2 + 1.0),
+]
+
+
+def test_what_cancels_only_on_paper_stays():
+    program = capture(SideBySide(map(Spelled, CANCELLING)).double(), random_input(2))
+    assert operators(recognise(program)) == operators(program)
+
+
+def test_parameters_of_one_element_stay_parameters():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.one, self.eps = (nn.Parameter(torch.tensor([size])) for size in (0.5, 1.0, 1e-5))
+
+        def forward(self, x):
+            x = x * self.factor * (self.one + torch.erf(x / SQRT2))
+            return (x - x.mean(-1, True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + self.eps)
+
+    recognised = check(Scaled(), random_input(2))
+    assert dict(recognised.named_parameters()).keys() == {"factor", "one", "eps"}
+    assert not {"gelu", "layer_norm"}.intersection(operators(recognised))
+
+
+def calls_to_recognise_a_chain(length):
+    """How many Python functions it takes to find what stands behind a long sum."""
+
+    class Chain(nn.Module):
+        def forward(self, x):
+            for _ in range(length):
+                x = x + 1
+            return x * torch.sigmoid(x)
+
+    program, calls = capture(Chain(), torch.rand(2, 3)), []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        recognised = recognise(program)
+    finally:
+        sys.setprofile(None)
+    assert recognised.history[-1].parameters == {"silu": 1}
+    return len(calls)
+
+
+def test_the_work_grows_as_the_graph_does():
+    assert calls_to_recognise_a_chain(150) < 3.5 * calls_to_recognise_a_chain(50)
+
+
 def test_what_only_looks_like_an_activation_stays():
     program = capture(SideBySide(map(Spelled, LOOKALIKES)).double(), random_input(2))
     assert operators(recognise(program)) == operators(program)
@@ -387,6 +441,28 @@ def test_what_only_looks_like_a_layer_norm_stays(formula, shapes):
     assert operators(recognise(program)) == operators(program)
 
 
+def channel_norm(x, w, b):
+    centred = x - x.mean(1, keepdim=True)
+    return w[:, None, None] * (centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)) + b[:, None, None]
+
+
+CHANNEL_NORMS = [(channel_norm, [(4,), (4,)]), (lambda x, w: centred_over(x, 1) * w, [(1, 4, 1, 1)])]
+
+
+@pytest.mark.parametrize("index", range(len(CHANNEL_NORMS)))
+def test_layer_norm_over_channels_stands_between_permutations(index):
+    formula, shapes = CHANNEL_NORMS[index]
+    recognised = check(Norm(formula, *shapes), random_input(2, 4, 3, 5))
+    assert operators(recognised)[-3:] == ["permute", "layer_norm", "permute"]
+    assert {tuple(tensor.shape) for tensor in recognised.state_dict().values()} == {(4,)}
+    assert recognised.history[-1].parameters == {"layer_norm": 1}
+
+
+def test_a_norm_before_a_view_keeps_its_order_in_memory():
+    recognised = check(Norm(lambda x: centred_over(x, 1).view(x.shape[0], -1)), random_input(2, 4, 3, 5))
+    assert "layer_norm" not in operators(recognised)
+
+
 def test_a_position_embedding_is_no_bias_and_a_shared_weight_keeps_its_shape():
     positions = check(Norm(lambda x, w, p: centred_over(x, -1) * w + p, (6,), (1, 4, 6)), random_input(2))
     assert operators(positions) == ["layer_norm", "add"]
@@ -429,6 +505,25 @@ def test_group_norm_through_reshapes(name):
     recognised = check(Norm(GROUP_NORMS[name], (4, 1, 1), (1, 4, 1, 1)), random_input(2, 4, 3, 3))
     assert operators(recognised) == ["group_norm"]
     assert {tuple(tensor.shape) for tensor in recognised.state_dict().values()} == {(4,)}
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_what_groups_have_to_train_goes_only_where_channels_have_the_same(shifted):
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+            self.weight, self.bias = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x):
+            grouped = F.instance_norm(x.reshape(x.shape[0], 2, -1), weight=self.scale, bias=self.shift)
+            result = grouped.reshape(x.shape) * self.weight
+            return result + self.bias if shifted else result
+
+    recognised = check(Groups(), random_input(2, 4, 3, 3))
+    assert ("group_norm" in operators(recognised)) is shifted
+    left = {"weight", "bias"} if shifted else {"scale", "shift", "weight"}
+    assert dict(recognised.named_parameters()).keys() == left
 
 
 def test_groups_across_the_batch_are_no_group_norm():

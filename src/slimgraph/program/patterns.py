@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeGuard, cast
+from typing import Any, ClassVar, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +21,9 @@ import slimgraph.program.edit as edit
 
 aten = torch.ops.aten
 
-_FARTHEST = 32
-"""How many operators a search follows in a row. The longest formula has a third; without an end to it, a chain of
-thousands, `x + 1 + 1 + …`, would be followed from each of its operators."""
+_FARTHEST = 12
+"""How many operators of one kind a search follows in a row. No formula has half as many; without an end to it, a chain
+of thousands, `x + 1 + 1 + …`, would be followed from each of its operators."""
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _VIEWS = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
@@ -130,6 +130,10 @@ class Pattern(ABC):
     @abstractmethod
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
         """All ways to go on from `match` in which `value` looks like this."""
+
+    def _ends(self) -> frozenset[Any] | None:
+        """Operators of which one is the last of whatever looks like this; None: it may be any."""
+        return None
 
     def __add__(self, other: "Operand") -> "Sum":
         return Sum.of(self).joined(Sum.of(other), 1)
@@ -256,6 +260,9 @@ class Either(Pattern):
         for option in self.options:
             yield from option._matches(value, match)
 
+    def _ends(self) -> frozenset[Any] | None:
+        return _union(*(option._ends() for option in self.options))
+
 
 @dataclass(frozen=True)
 class Named(Pattern):
@@ -267,6 +274,13 @@ class Named(Pattern):
     def _matches(self, value: Any, match: Match) -> Iterator[Match]:
         for found in self.pattern._matches(value, match):
             yield from found.bind(self.name, value)
+
+    def _ends(self) -> frozenset[Any] | None:
+        return self.pattern._ends()
+
+
+def _union(*ends: frozenset[Any] | None) -> frozenset[Any] | None:
+    return None if None in ends else frozenset().union(*(end for end in ends if end is not None))
 
 
 @dataclass(frozen=True)
@@ -294,6 +308,9 @@ class Call(Pattern):
             else:
                 found = _each(found, pattern._matches, arguments[name])
         yield from found
+
+    def _ends(self) -> frozenset[Any] | None:
+        return frozenset((*self.targets, *_CONVERSIONS))
 
 
 def _each(found: Iterator[Match], going_on: Callable[..., Iterator[Match]], *given: Any) -> Iterator[Match]:
@@ -346,11 +363,21 @@ class Commutative(Pattern):
     parts: tuple[tuple[Pattern, float], ...]
 
     unit = 0.0
+    targets: ClassVar[frozenset[Any]] = frozenset()
+    """The operators that join the parts."""
 
     def __post_init__(self) -> None:
         # What is rare in a graph comes first, so that a search that leads nowhere ends soon.
         ranked = sorted(self.parts, key=lambda part: 2 * isinstance(part[0], Maybe) + isinstance(part[0], Value))
         object.__setattr__(self, "parts", tuple(ranked))
+
+    def _ends(self) -> frozenset[Any] | None:
+        joined = self.targets.union(_CONVERSIONS)
+        needed = [(pattern, weight) for pattern, weight in self.parts if not isinstance(pattern, Maybe)]
+        constant = isinstance(self.constant, Number) or self.constant == self.unit
+        if not constant or len(needed) > 1 or any(weight != 1 for _, weight in needed):
+            return joined
+        return _union(joined, *(pattern._ends() for pattern, _ in needed)) if needed else None
 
     @staticmethod
     def _combined(constant: float, number: float, weight: float) -> float:
@@ -372,19 +399,23 @@ class Commutative(Pattern):
     def _spellings(self, value: fx.Node) -> Iterator[_Spelling]:
         """The value taken apart in all ways that could be this pattern, farthest first."""
         reach = sum(math.ceil(abs(weight)) for _, weight in self.parts)
+        fewest = sum(not isinstance(pattern, Maybe) for pattern, _ in self.parts)
         seen = set()
 
         def visit(spelling: _Spelling) -> Iterator[_Spelling]:
             key = frozenset(spelling.weights.items())
-            too_many = sum(number_of(node) is None for node in spelling.weights) > reach
-            if key in seen or too_many or len(spelling.inner) > _FARTHEST:
+            if key in seen or len(spelling.inner) > _FARTHEST:
                 return
             seen.add(key)
+            parts = sum(number_of(node) is None for node in spelling.weights)
+            if parts > reach:
+                return
             for node, weight in spelling.weights.items():
-                parts = ((node.args[0], weight),) if _idle(node) else self._taken_apart(node, weight)
-                if parts is not None and (farther := self._expanded(spelling, node, parts)) is not None:
+                apart = ((node.args[0], weight),) if _idle(node) else self._taken_apart(node, weight)
+                if apart is not None and (farther := self._expanded(spelling, node, apart)) is not None:
                     yield from visit(farther)
-            yield spelling
+            if parts >= fewest:
+                yield spelling
 
         yield from visit(_Spelling({value: 1.0}, self.unit))
 
@@ -464,6 +495,7 @@ class Product(Commutative):
     """Factors with exponents, and a coefficient."""
 
     unit = 1.0
+    targets = frozenset((*_FACTORS, *_POWERS, aten.neg.default))
 
     @staticmethod
     def of(value: Operand) -> "Product":
@@ -506,6 +538,8 @@ class Product(Commutative):
 @dataclass(frozen=True)
 class Sum(Commutative):
     """Terms that are added or subtracted, and a constant."""
+
+    targets = frozenset(_TERMS)
 
     @staticmethod
     def of(value: Operand) -> "Sum":
@@ -600,6 +634,11 @@ def _constant_last(operands: list[Any]) -> list[Any]:
 def first_of(*patterns: Pattern) -> Pattern:
     """One of the patterns; the first has precedence."""
     return reduce(operator.or_, patterns)
+
+
+def ends(pattern: Pattern) -> frozenset[Any] | None:
+    """Operators of which one is the last of whatever looks like the pattern; None where it may be any."""
+    return pattern._ends()
 
 
 def find(pattern: Pattern, root: fx.Node) -> Iterator[Match]:

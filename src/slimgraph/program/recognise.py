@@ -23,6 +23,7 @@ from slimgraph.program.patterns import (
     Stored,
     Value,
     call,
+    ends,
     first_of,
     stored_tensor,
 )
@@ -49,8 +50,9 @@ def recognise_in_place(program: Program) -> Program:
     counts: Counter[str] = Counter()
     draft = Draft(program)
     for rule in RULES:
+        last = ends(rule.pattern)
         for node in reversed(list(program.graph.nodes)):  # the longest formula is the one that ends last
-            if node.op == "call_function" and node.users:
+            if node.op == "call_function" and node.users and (last is None or node.target in last):
                 counts[rule.name] += rule.rewrite(draft, node)
     if not counts.total():
         return program
