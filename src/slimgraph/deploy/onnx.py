@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from slimgraph.deploy.onnx_float_codes import hold_codes_in_float
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_tail import stitch
@@ -40,6 +41,7 @@ def export_onnx(
     precision: str = "float32",
     external_data_above: int = _LARGEST_MODEL_BYTES,
     with_tail: bool = True,
+    float_codes: bool = False,
 ) -> None:
     """Write a program as an ONNX file; equal programs give equal bytes.
 
@@ -50,11 +52,15 @@ def export_onnx(
         precision: "float32", "float16" or "bfloat16"; inputs and outputs change with it. A tail stays as it is.
         external_data_above: weights of more bytes than this are written to `<path>.data`.
         with_tail: False leaves the program's tail out, so that the file computes what the program computes.
+        float_codes: the integer weights of a quantized program as float32 numbers, multiplied by their scales.
     Raises:
         ExportError: an operator of the program has no ONNX form, or the tail none beside it.
         OutputError: the file cannot be written; an older one stays whole.
     """
-    _write(to_onnx(program, precision=precision, with_tail=with_tail), path, external_data_above)
+    model = to_onnx(program, precision=precision, with_tail=with_tail)
+    if float_codes:
+        hold_codes_in_float(model)
+    _write(model, path, external_data_above)
 
 
 def add_tail(

@@ -1,0 +1,53 @@
+"""Weights that hold their integers as floats."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import slimgraph
+from slimgraph.deploy.onnx import export_onnx
+from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.errors import ExportError
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    )
+    return slimgraph.capture(layers.eval(), torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("target", ["onnxruntime", "simulate", "onnxruntime-avx2"])
+def test_initializers_hold_the_integers_and_the_file_answers_the_same(network, target, per_channel, tmp_path):
+    data = [torch.randn(32, 3, 16, 16)]
+    integers = slimgraph.quantize(network, calibration=data, target=target, weight_per_channel=per_channel)
+    export_onnx(integers, tmp_path / "integers.onnx")
+    export_onnx(integers, tmp_path / "floats.onnx", float_codes=True)
+    graph = onnx.load(tmp_path / "floats.onnx").graph
+    onnx.checker.check_model(tmp_path / "floats.onnx", full_check=True)
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    codes = {name: tensor for name, tensor in integers.state_dict().items() if name.endswith("weight")}
+    assert len(codes) == 3
+    for name, tensor in codes.items():
+        assert found[name].dtype == "float32"
+        assert (found[name] == tensor.numpy()).all(), name
+        assert any(node.op_type == "Mul" and name in node.input for node in graph.node), name
+    assert not any(array.dtype == np.int8 and array.ndim > 1 for array in found.values())
+    x = torch.randn(8, 3, 16, 16)
+    both = [
+        OnnxModel.open(tmp_path / f"{kind}.onnx", integer_kernels=False)(x)["output"] for kind in ("integers", "floats")
+    ]
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_float_program_has_no_codes(network, tmp_path):
+    with pytest.raises(ExportError, match="Quantize it"):
+        export_onnx(network, tmp_path / "floats.onnx", float_codes=True)
+    assert not list(tmp_path.iterdir())
