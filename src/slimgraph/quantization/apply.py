@@ -1,8 +1,10 @@
 """Write a plan into a program: quantize–dequantize pairs around values, integer weights."""
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,11 +13,23 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
-from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
-from slimgraph.program.scheme import IntScheme, quantize
+from slimgraph.program.qdq import (
+    DEQUANTIZE,
+    DEQUANTIZE_CHANNELS,
+    DEQUANTIZE_MEASURED,
+    MEASURE,
+    QUANTIZE,
+    QUANTIZE_MEASURED,
+)
+from slimgraph.program.scheme import SMALLEST_SCALE, IntScheme, quantize
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 
+aten = torch.ops.aten
+
 _INT32_TOP = 2**31 - 1
+
+ROOM_FOR_BIAS = _INT32_TOP // 2
+"""Integer biases stay below this in magnitude: the sums to which they are added need room as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +73,15 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     values = quantized.values
     readers = edit.count_readers(quantized.graph_module)
     for weight in plan.weights:
-        source = None if weight.input is None else grids[weight.input]
+        source = grids.get(weight.input or "")
         _quantize_layer(quantized, values[weight.value], weight, plan.weight_reach.get(weight.value), source, readers)
     taken = set(quantized.values)
     for activation in plan.activations:
-        consumers = plan.consumers.get(activation.value)
-        _quantize_value(values[activation.value], grids[activation.value], consumers, taken)
+        node, consumers = values[activation.value], plan.consumers.get(activation.value)
+        if activation.dynamic:
+            _quantize_at_inference(node, activation.scheme, consumers, taken)
+        else:
+            _quantize_value(node, grids[activation.value], consumers, taken)
     for name, top in plan.rectifiers.items():
         # The range ends at or below the cut, so saturation does what the function did.
         if (
@@ -86,6 +103,8 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
 def _grids(plan: QuantizationPlan) -> dict[str, _Grid]:
     grids = {}
     for activation in plan.activations:
+        if activation.dynamic:
+            continue
         low, high = plan.ranges[activation.range_of]
         scale, zero_point = activation.scheme.parameters(torch.tensor(low), torch.tensor(high))
         grids[activation.value] = _Grid(scale.item(), int(zero_point.item()), activation.scheme)
@@ -115,6 +134,37 @@ def _quantize_value(node: fx.Node, grid: _Grid, consumers: tuple[str, ...] | Non
         reader.replace_input_with(node, back)
 
 
+def _quantize_at_inference(
+    node: fx.Node, scheme: IntScheme, consumers: tuple[str, ...] | None, taken: set[str]
+) -> None:
+    """A quantize–dequantize pair on the grid that covers what the value holds when the program runs."""
+    readers = [user for user in node.users if consumers is None or value_of(user) in consumers]
+    name = value_of(node)
+
+    def behind(before: fx.Node, target: Any, args: tuple[Any, ...], part: str) -> fx.Node:
+        return edit.insert_after(before, target, args, value=f"{name}/{part}", taken=taken)
+
+    if scheme.middle is not None:
+        # PyTorch's own operator for symmetric grids ends at half a step above the largest magnitude, and not on it.
+        steps = float(scheme.code_range[1] - scheme.middle)
+        magnitude = behind(node, aten.abs.default, (node,), "magnitude")
+        largest = behind(magnitude, aten.max.default, (magnitude,), "largest")
+        exact = behind(largest, aten.div.Tensor, (largest, steps), "exact_scale")
+        scale = behind(exact, aten.clamp_min.default, (exact, SMALLEST_SCALE), "scale")
+        end = zero_point = behind(scale, aten.full_like.default, (scale, scheme.middle), "zero_point")
+        zero_point.kwargs = {"dtype": torch.int64}
+    else:
+        grid = (*scheme.code_range, SMALLEST_SCALE, scheme.dtype)
+        measured = behind(node, MEASURE, (node, *grid), "grid")
+        scale = behind(measured, operator.getitem, (measured, 0), "scale")
+        end = zero_point = behind(scale, operator.getitem, (measured, 1), "zero_point")
+    codes = (scale, zero_point, *scheme.code_range, scheme.dtype)
+    code = behind(end, QUANTIZE_MEASURED, (node, *codes), "quantized")
+    back = behind(code, DEQUANTIZE_MEASURED, (code, *codes), "dequantized")
+    for reader in readers:
+        reader.replace_input_with(node, back)
+
+
 def _quantize_layer(
     program: Program,
     node: fx.Node,
@@ -128,7 +178,7 @@ def _quantize_layer(
     bias_node = edit.arguments(node)["bias"]
     bias = edit.constant_of(program.graph_module, bias_node)
     if source is not None and bias is not None and plan.integer_bias:
-        scale = _room_for_bias(scale, bias, source.scale)
+        scale = room_for_bias(scale, bias, source.scale)
     codes = quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), plan.scheme)
     node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme, readers))
     if source is not None and bias is not None and plan.integer_bias:
@@ -141,13 +191,13 @@ def _quantize_layer(
         node.args = (*node.args[:2], new, *node.args[3:])
 
 
-def _room_for_bias(scale: Tensor, bias: Tensor, input_scale: float) -> Tensor:
+def room_for_bias(scale: Tensor, bias: Tensor, input_scale: float) -> Tensor:
     """Weight scales so wide that bias / (input scale × weight scale) fits into 31 bits.
 
     A channel with next to no weight has a scale near zero, and its bias would overflow; its weights lose nothing that
     the bias does not outweigh by far.
     """
-    least = bias.detach().double().abs() / (input_scale * (_INT32_TOP // 2))
+    least = bias.detach().double().abs() / (input_scale * ROOM_FOR_BIAS)
     if scale.numel() == 1:
         least = least.max().reshape(1)
     return torch.maximum(scale.double(), least).float()
