@@ -11,7 +11,6 @@ import slimgraph.program.edit as edit
 from slimgraph.program.fake_quantize import FAKE_QUANTIZE
 from slimgraph.program.program import Program
 from slimgraph.program.scheme import IntScheme
-from slimgraph.quantization.insert import middle_of
 from slimgraph.quantization.plan import QuantizationPlan
 
 Results: TypeAlias = dict[fx.Node, Any]
@@ -39,7 +38,7 @@ class _Rounding:
     def __call__(self, x: Tensor) -> Tensor:
         interval = torch.stack(x.detach().aminmax()) if self.interval is None else self.interval
         codes = self.scheme.code_range
-        result: Tensor = FAKE_QUANTIZE(x, interval, *codes, middle_of(self.scheme), None, True)
+        result: Tensor = FAKE_QUANTIZE(x, interval, *codes, self.scheme.middle, None, True)
         return result
 
 
