@@ -5,6 +5,7 @@ Usage: python benchmarks/qat_step.py [--compile] [--learned] [--rounds 7]
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -99,7 +100,7 @@ def main() -> None:
     mode = "compiled" if options.compile else "eager"
     print_table(
         f"Training step of MobileNetV2, batch {_BATCH} at {_SIZE}², one thread, {mode}",
-        f"python benchmarks/qat_step.py{' --compile' if options.compile else ''}{' --learned' if options.learned else ''}",
+        " ".join(["python benchmarks/qat_step.py", *sys.argv[1:]]),
         ["step", "median", "ratio to float", "eager activations kept for backward, ratio to float"],
         rows,
     )

@@ -18,8 +18,9 @@ from slimgraph.program.value_range import FOLLOWING
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibrate import choose_ranges, collect_statistics
 from slimgraph.quantization.correct_bias import correct_bias
+from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
 from slimgraph.quantization.freeze import freeze
-from slimgraph.quantization.insert import PACT_LAYERS, Pact, insert
+from slimgraph.quantization.insert import insert
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.quantize import prepare, quantize
@@ -306,6 +307,18 @@ def test_dynamic_ranges_stay_dynamic(program, images):
     # What layers with weights read is measured anew; the sum of two branches is not read by any.
     assert {a.value for a in frozen.plan.activations if a.dynamic} == {a.value for a in plan.activations}
     assert not any(n.target in FOLLOWING for n in qat.graph.nodes)
+
+
+def test_a_rectifier_that_a_dynamic_range_performs_keeps_its_gradient():
+    network = capture(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)), torch.randn(2, 1, 2, 2))
+    images = [torch.tensor([[[[-2.0, -1.0], [1.0, 2.0]]]])]
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.fill_(float(name.endswith("weight")))
+    qat = prepare_qat(network, calibrated(network, images), activation_quantize_type="abs_max")
+    assert not any(n.target is torch.ops.aten.relu.default for n in qat.graph.nodes)
+    qat(images[0]).sum().backward()
+    torch.testing.assert_close(qat.graph_module.get_parameter("0.bias").grad, torch.tensor([2.0]))
 
 
 # Unusual networks

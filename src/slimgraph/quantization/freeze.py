@@ -15,7 +15,8 @@ from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Program, require_program
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.value_range import FOLLOWING
-from slimgraph.quantization.insert import FAKE, STEP, evaluated
+from slimgraph.quantization.fake_quantizers import FAKE, evaluated
+from slimgraph.quantization.insert import STEP
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer, plan_from_json
 
 aten = torch.ops.aten
