@@ -8,7 +8,7 @@ _EQUAL = 1e-9
 """0.875 - 0.865 is a little more than 0.01 in binary, and is not more than one point."""
 
 _LEAST_COST = 0.05
-"""Of the mean cost: what costs less counts as this, or a layer that costs nothing and harms nothing would come first."""
+"""Of the mean cost: what costs less counts as this, or a layer that costs and harms nothing would come first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,10 @@ def search(
 
 
 def _given_back(
-    spared: list[str], meets: Callable[[Sequence[str]], bool], costs: Mapping[str, float], more_trials: Callable[[], bool]
+    spared: list[str],
+    meets: Callable[[Sequence[str]], bool],
+    costs: Mapping[str, float],
+    more_trials: Callable[[], bool],
 ) -> list[str]:
     """What of `spared` is left when all that the limit can do without was given back."""
     waiting = sorted(spared, key=lambda name: -costs[name])

@@ -116,8 +116,8 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from graph.node
 
 
-class _Names:
-    """Finds the layer of the original model that a kernel of the optimized one came from."""
+class LayerNames:
+    """Finds the convolution or matrix product of a model that a kernel of the optimized one came from."""
 
     # What ONNX Runtime appends when it changes the layout of a node, copies it or fuses others into it.
     _SUFFIX = re.compile(r"(_nchwc|_token_\d+|/\w*Fusion/*)+$")
@@ -141,7 +141,8 @@ class _Names:
         return None
 
     def __call__(self, kernel: onnx.NodeProto) -> str:
-        kind = FLOAT_KERNELS[kernel.op_type]
+        """Name of the node in the model's file, where it can be told; otherwise of what ONNX Runtime made of it."""
+        kind = FLOAT_KERNELS[kernel.op_type] if kernel.op_type in FLOAT_KERNELS else INTEGER_KERNELS[kernel.op_type]
         plain = self._SUFFIX.sub("", kernel.name)
         for name in (kernel.name, plain):
             if self._kinds.get(name) == kind:
@@ -149,7 +150,7 @@ class _Names:
         for output in (plain, *kernel.output):
             if (found := self._nearest(output, kind)) is not None:
                 return found
-        return plain or str(kernel.output[0])
+        return plain or str(next(iter(kernel.output), ""))
 
 
 def _count(kernels: Mapping[str, int], table: Mapping[str, Kind]) -> Counter[Kind]:
@@ -171,7 +172,7 @@ def count_kernels(source: Source) -> KernelCount:
     Raises:
         ModelLoadError: the model cannot be read, or ONNX Runtime does not take it.
     """
-    layer_name = _Names(read_onnx(source))
+    layer_name = LayerNames(read_onnx(source))
     nodes = list(_nodes(optimized_model(source)))
     kernels = Counter(node.op_type for node in nodes)
     integer, floating = _count(kernels, INTEGER_KERNELS), _count(kernels, FLOAT_KERNELS)

@@ -110,7 +110,12 @@ def _level(options: RunOptions, model: onnx.ModelProto) -> Level:
 
 
 def create_session(
-    source: Source, model: onnx.ModelProto, options: RunOptions, *, optimized_path: Path | None = None
+    source: Source,
+    model: onnx.ModelProto,
+    options: RunOptions,
+    *,
+    optimized_path: Path | None = None,
+    profile_prefix: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """ONNX Runtime's session for a model; the one place where sessions are made.
 
@@ -119,6 +124,7 @@ def create_session(
         model: what `read_onnx`, which refuses what is unsafe, has read from it.
         options: how it will be run.
         optimized_path: where ONNX Runtime writes the graph that it really runs; the weights go beside it.
+        profile_prefix: how the path begins of the file to which `end_profiling` writes how long each operator took.
     Raises:
         ModelLoadError: ONNX Runtime does not take the model: unknown operators, shapes that do not fit, damaged data.
     """
@@ -135,6 +141,9 @@ def create_session(
             "session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.weights"
         )
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if profile_prefix is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile_prefix)
     content = source if isinstance(source, bytes) else os.fspath(source)
     try:
         session = onnxruntime.InferenceSession(content, settings, providers=[options.provider])
