@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench bench-peers clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -23,10 +23,13 @@ lint: .venv/installed ## Check style, formatting and types
 	$(BIN)/mypy
 
 bench: .venv/installed ## Run every benchmark; the results in docs/benchmarks.md come from these
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/against_peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-peers: .venv/installed .venv-nncf/installed .venv-torchao/installed ## Compare with other tools, each in its environment
+	$(BIN)/python benchmarks/against_peers.py
 
 clean: ## Remove the environment, caches and results
-	rm -rf .venv demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-nncf .venv-torchao demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that was interrupted is taken up again.
@@ -36,4 +39,11 @@ clean: ## Remove the environment, caches and results
 	@echo "Setting up .venv; the first time takes some minutes."
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# torch comes first, by itself: what depends on it would take the newest build, with gigabytes of CUDA.
+.venv-%/installed: benchmarks/peers/requirements-%.txt constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
