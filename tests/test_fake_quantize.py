@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from slimgraph.errors import ProgramError
+from slimgraph.errors import ModelLoadError, ProgramError
+from slimgraph.program.archive_rules import RULES
 from slimgraph.program.fake_quantize import FAKE_QUANTIZE, LEARNED_FAKE_QUANTIZE, PACT
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
 from slimgraph.program.value_range import (
@@ -217,3 +218,13 @@ def test_compiled_code_computes_the_same_and_follows_the_same_range(learned):
         results.append([y.detach(), x.grad, *memory, *([steps.grad] if learned else [])])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["evil.default", "fake_quantize.out", "training_flag.default"])
+def test_files_may_call_operators_of_this_library_that_exist(name):
+    RULES["Node.target"]("torch.ops.slimgraph.fake_quantize.default", "Node.target")
+    with pytest.raises(ModelLoadError, match="which this slimgraph does not have"):
+        RULES["Node.target"](f"torch.ops.slimgraph.{name}", "Node.target")

@@ -249,6 +249,30 @@ def test_clipping_levels_are_learned_with_their_own_rate_and_only_bound_the_rang
     assert_same_codes(qat.eval()(images[0]), apply_quantization(frozen.program, frozen.plan)(images[0]))
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "pact"),
+    [
+        ("channel_wise_abs_max", "moving_average", None),
+        ("lsq", "lsq_plus", None),
+        ("abs_max", "range_abs_max", Pact()),
+    ],
+)
+def test_mixed_precision_trains_in_bfloat16_and_keeps_parameters_and_ranges_in_float32(
+    weights, activations, pact, program, plan, images
+):
+    qat = prepare_qat(program, plan, weight_quantize_type=weights, activation_quantize_type=activations, pact=pact)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = qat(images[0])
+    output.float().square().mean().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in qat.parameters())
+    qat.eval()
+    before = copy.deepcopy(qat.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        qat(images[0] * 4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in qat.state_dict().items())
+
+
 # What it exports
 
 
