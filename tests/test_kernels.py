@@ -244,12 +244,35 @@ def _attention(graph):
     return graph.op("MatMul", graph.q(graph.op("Softmax", scores), 1 / 256, 0), value)
 
 
-def _dynamic(graph):
-    codes, scale, zero_point = graph.op("DynamicQuantizeLinear", graph.input("n", 4, 64), outputs=3)
-    weight = graph.constant(graph.random.integers(-127, 128, (64, 32)).astype(np.int8))
-    product = graph.op("MatMulInteger", codes, weight, zero_point, graph.constant(np.zeros(32, np.int8)))
-    scales = graph.op("Mul", scale, graph.constant(np.full(32, 0.01, np.float32)))
-    return graph.op("Mul", graph.op("Cast", product, to=1), scales)
+def _dynamic(*shape, products=1):
+    """Products with one value whose range is taken at inference, in the integer form with bias."""
+
+    def build(graph):
+        codes, scale, zero_point = graph.op("DynamicQuantizeLinear", graph.input(*shape), outputs=3)
+        results = []
+        for _ in range(products):
+            weight = graph.constant(graph.random.integers(-127, 128, (64, 32)).astype(np.int8))
+            product = graph.op("MatMulInteger", codes, weight, zero_point)
+            scales = graph.op("Mul", scale, graph.constant(np.full(32, 0.01, np.float32)))
+            scaled = graph.op("Mul", graph.op("Cast", product, to=1), scales)
+            results.append(graph.op("Add", scaled, _float_weight(graph, 32)))
+        return graph.op("Concat", *results, axis=-1) if products > 1 else results[0]
+
+    return build
+
+
+def _dynamic_between_quantizers(graph):
+    codes, scale, zero_point = graph.op("DynamicQuantizeLinear", graph.input("n", 64), outputs=3)
+    weight, _ = graph.weight(64, 32, axis=1)
+    product = graph.op("MatMul", graph.op("DequantizeLinear", codes, scale, zero_point), weight)
+    return graph.op("Add", product, _float_weight(graph, 32))
+
+
+def _dynamic_convolution(graph):
+    codes, scale, zero_point = graph.op("DynamicQuantizeLinear", graph.input(*IMAGE), outputs=3)
+    weight = graph.constant(graph.random.integers(-127, 128, (8, 16, 3, 3)).astype(np.int8))
+    sums = graph.op("Cast", graph.op("ConvInteger", codes, weight, zero_point), to=1)
+    return graph.op("Mul", sums, graph.op("Mul", scale, graph.constant(np.full((8, 1, 1), 0.01, np.float32))))
 
 
 def _weights_only(graph):
@@ -276,7 +299,14 @@ MATRIX_PRODUCTS = {
     ),
     "Gemm between Reshapes, int32 bias": (_reshaped_gemm, "QGemm"),
     "two activations": (_attention, "MatMulIntegerToFloat Softmax MatMulIntegerToFloat"),
-    "dynamic": (_dynamic, "DynamicQuantizeMatMul"),
+    "dynamic, free axes": (_dynamic("n", 4, 64), "DynamicQuantizeMatMul"),
+    "dynamic, fixed axes": (_dynamic(2, 4, 64), "DynamicQuantizeMatMul"),
+    "dynamic, two axes": (_dynamic("n", 64), "DynamicQuantizeMatMul"),
+    "dynamic, three readers": (
+        _dynamic("n", 4, 64, products=3), "DynamicQuantizeLinear Concat" + 3 * " MatMulIntegerToFloat",
+    ),
+    "dynamic between quantizers, two axes": (_dynamic_between_quantizers, "DynamicQuantizeLinear Gemm"),
+    "dynamic convolution": (_dynamic_convolution, "DynamicQuantizeLinear ConvInteger Cast Mul Mul"),
     "weights only": (_weights_only, "MatMulNBits"),
 }  # fmt: skip
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from slimgraph.deploy.onnx_dynamic import quantize_at_inference
 from slimgraph.deploy.onnx_float_codes import hold_codes_in_float
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_tail import stitch
+from slimgraph.deploy.onnx_translations import TRANSLATIONS
 from slimgraph.errors import ConfigError, ExportError
 from slimgraph.files import replacing
 from slimgraph.program.cast import cast
@@ -118,7 +120,13 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
     with _quiet():
         try:
-            converted = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=dict(TRANSLATIONS),
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"The program has no ONNX form. {_cause(error)}") from error
     assert converted is not None
@@ -126,6 +134,7 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     pool_instead_of_mean(model)
     name_values(model, prepared.signature)
     merge_pads(model)
+    quantize_at_inference(model)
     clean_up(model)
     if with_tail and program.tail is not None:
         stitch(model, program.tail)

@@ -39,6 +39,8 @@ class Target:
     """Anchors whose kernel writes integers: without a quantizer behind them they would run in float."""
     concat_shares_scale: bool = True
     """Inputs and output of a concatenation have one scale, so that it is a copy."""
+    dynamic: frozenset[str] = frozenset()
+    """Operators that it computes in integers with ranges taken at inference, from each tensor; none where it cannot."""
     drops_activations: bool = True
     """An activation function that the quantizer's range performs (ReLU, ReLU6) is left out, since it blocks fusion."""
 
@@ -79,6 +81,7 @@ _ONNXRUNTIME = Target(
     joins=frozenset({ADD, MULTIPLY, CONCAT, GLOBAL_AVERAGE_POOL}),
     passing=_MOVES,
     output_quantized=frozenset({CONVOLUTION}),
+    dynamic=frozenset({CONVOLUTION, LINEAR}),
 )
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -129,6 +132,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             integer_bias=False,
             anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL, SOFTMAX}),
             output_quantized=frozenset({SOFTMAX}),
+            dynamic=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
             drops_activations=False,
             concat_shares_scale=False,
         ),

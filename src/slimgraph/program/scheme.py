@@ -50,14 +50,18 @@ class IntScheme:
             return torch.int8 if self.signed else torch.uint8
         return torch.int16 if self.signed else torch.uint16
 
+    @property
+    def middle(self) -> int | None:
+        """The zero point of a symmetric grid; None where the tensor sets it."""
+        return None if not self.symmetric else 0 if self.signed else 2 ** (self.bits - 1)
+
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the grid that covers the real interval from `low` to `high`.
 
         Zero is always on the grid: the interval is extended to hold it. An empty interval gets `EMPTY_SCALE`.
         `low` and `high` have one element, or one for each index of `axis`; the results have the same shape.
         """
-        middle = None if not self.symmetric else 0 if self.signed else 2 ** (self.bits - 1)
-        return grid_of(low, high, codes=self.code_range, middle=middle)
+        return grid_of(low, high, codes=self.code_range, middle=self.middle)
 
 
 def grid_of(low: Tensor, high: Tensor, *, codes: tuple[int, int], middle: int | None) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """Decide which values and weights of a program become integers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from types import MappingProxyType
 
 import torch
 from torch import fx
 
 import slimgraph.deploy.targets as kinds
-from slimgraph.deploy.targets import Target, target_named
-from slimgraph.errors import ConfigError
+from slimgraph.deploy.targets import TARGETS, Target, target_named
+from slimgraph.errors import ConfigError, UnknownNameError, closest
 from slimgraph.program import edit
 from slimgraph.program.count import MAC_RULES
 from slimgraph.program.names import operator_name, value_of
@@ -39,10 +40,12 @@ def plan_quantization(
     *,
     target: str | Target = "onnxruntime",
     skip: Sequence[str] = (),
+    spared: Mapping[str, str] = MappingProxyType({}),
     operators: Sequence[str] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     weight_per_channel: bool = True,
+    dynamic: bool = False,
 ) -> QuantizationPlan:
     """Where a target wants quantizers in a program; nothing is measured yet.
 
@@ -50,21 +53,33 @@ def plan_quantization(
 
     Args:
         skip: layers that stay float, as `select` takes them.
+        spared: operators that stay float as well, by the exact names of their values, and why.
         operators: what may be quantized, by our kinds ("convolution", …) or the documents' names ("conv2d", …); None is
             all that the target computes in integers. What only moves numbers about follows its neighbours.
         weight_bits, activation_bits: other widths than the target's; refused where its kernels have none such.
         weight_per_channel: False gives every weight one scale, also where the target has one a channel.
+        dynamic: the ranges of activations are taken at inference, from every tensor anew; see `quantize_dynamic`.
     Raises:
         UnknownNameError: no such target or operator, or a pattern in `skip` matches nothing.
-        ConfigError: the target has no kernel of that width.
+        ConfigError: the target has no kernel of that width, or none that takes ranges at inference.
     """
     chosen = target_named(target) if isinstance(target, str) else target
     chosen = _with_bits(chosen, weight_bits, activation_bits)
     if not weight_per_channel:
         chosen = replace(chosen, weight_per_channel=False)
-    skipped = set(select(program, list(skip))) if skip else set()
+    skipped = dict.fromkeys(select(program, list(skip)), "it was asked to") if skip else {}
+    existing = program.values
+    for name, reason in spared.items():
+        if name not in existing:
+            raise UnknownNameError(f"`spared` names {name!r}, which the program has not got. {closest(name, existing)}")
+        skipped.setdefault(name, reason)
     wanted = None if operators is None else operators_named(operators)
-    return _Placement(program, chosen, skipped, wanted).plan()
+    if dynamic:
+        chosen = _taking_ranges_at_inference(chosen)
+    plan = _Placement(program, chosen, skipped, wanted).plan()
+    if dynamic:
+        plan = replace(plan, activations=tuple(replace(found, dynamic=True) for found in plan.activations))
+    return plan
 
 
 def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | None) -> Target:
@@ -82,6 +97,30 @@ def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | N
     return replace(target, weight=wanted_weight, activation=wanted_activation)
 
 
+def _taking_ranges_at_inference(target: Target) -> Target:
+    """The target with integers inside of single operators only: between two of them values are float."""
+    if not target.dynamic:
+        able = ", ".join(name for name, other in TARGETS.items() if other.dynamic)
+        raise ConfigError(
+            f"Target {target.name!r} has no operator that takes the range of its input at inference. Calibrate ranges "
+            f"for it, or take one of {able}."
+        )
+    if target.name != "simulate" and target.activation.bits != 8:
+        raise ConfigError(
+            f"activation_bits is {target.activation.bits}, but ranges at inference are those of DynamicQuantizeLinear, "
+            "which has 8 bits. Leave it out, or take the target 'simulate'."
+        )
+    return replace(
+        target,
+        anchors=target.dynamic,
+        joins=frozenset(),
+        passing=frozenset(),
+        output_quantized=frozenset(),
+        integer_bias=False,
+        drops_activations=False,
+    )
+
+
 def _narrowed(scheme: IntScheme, bits: int | None) -> IntScheme:
     return scheme if bits is None else replace(scheme, bits=bits)
 
@@ -94,7 +133,7 @@ class _Placement:
     """
 
     def __init__(
-        self, program: Program, target: Target, skipped: set[str], wanted: tuple[Operators, ...] | None
+        self, program: Program, target: Target, skipped: Mapping[str, str], wanted: tuple[Operators, ...] | None
     ) -> None:
         self.program = program
         self.target = target
@@ -135,10 +174,10 @@ class _Placement:
         if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
             if _is_layer_with_weights(self.program, node):
                 none = f"no {operator_name(node.target)} is quantized for {self.target.name}"
-                self.kept_float[name] = "it was asked to" if name in self.skipped else none
+                self.kept_float[name] = self.skipped.get(name, none)
             return False
         if name in self.skipped:
-            self.kept_float[name] = "it was asked to"
+            self.kept_float[name] = self.skipped[name]
         elif not self._is_wanted(node):
             self.kept_float[name] = "it is not among the operators that were asked for"
         elif kind not in self.target.anchors:
