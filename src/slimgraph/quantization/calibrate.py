@@ -49,15 +49,40 @@ def collect_statistics(
         CalibrationError: there is no batch, or a value has NaN or infinity; the message names value and batch.
         DataError: a batch does not fit the program.
     """
+    statistics = {name: ValueStatistics(histogram=histogram) for name in values}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        observe(
+            program,
+            statistics,
+            batches,
+            lambda name, value: statistics[name].update(value, name=name, pool=pool),
+            progress=progress,
+        )
+    return statistics
+
+
+def observe(
+    program: Program,
+    values: Collection[str],
+    batches: Iterable[Any],
+    see: Callable[[str, Tensor], None],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Run the program over all batches and show the named values as they appear, each batch in parts.
+
+    Args:
+        see: given the name and the tensor, which it must not write into or keep.
+    Raises:
+        UnknownNameError: there is no such value.
+        CalibrationError: there is no batch.
+        DataError: a batch does not fit the program, or has NaN or infinity.
+    """
     existing = program.values
     unknown = [name for name in values if name not in existing]
     if unknown:
         raise UnknownNameError(f"The program has no value {unknown[0]!r}. {closest(unknown[0], existing)}")
-    statistics = {name: ValueStatistics(histogram=histogram) for name in values}
-    pool = ThreadPoolExecutor(torch.get_num_threads())
-    interpreter = _Observing(
-        program, statistics, lambda name, value: statistics[name].update(value, name=name, pool=pool)
-    )
+    interpreter = _Observing(program, values, see)
     was_training = program.training
     program.eval()
     seen = 0
@@ -77,12 +102,10 @@ def collect_statistics(
                     progress(seen)
     finally:
         program.train(was_training)
-        pool.shutdown()
     if not seen:
         raise CalibrationError(
             "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
         )
-    return statistics
 
 
 def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:
