@@ -434,5 +434,7 @@ def test_wrong_requests_are_refused_before_anything_is_built(program, plan, imag
         prepare_qat(qat, plan)
     with pytest.raises(ProgramError, match="no fake quantizers"):
         freeze(program)
+    with pytest.raises(ProgramError, match="no fake quantizers"):
+        freeze(freeze(qat).program)
     with pytest.raises(ProgramError, match="fake quantizers, for training"):
         quantize(qat, calibration=images)

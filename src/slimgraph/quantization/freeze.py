@@ -47,6 +47,7 @@ def freeze(program: Program) -> Frozen:
     weights, reaches = _freeze_weights(frozen, plan)
     ranges = _freeze_activations(frozen, plan)
     _drop_memories(frozen)
+    frozen.history = tuple(map(_without_plan, frozen.history))  # it is a result now, and long
     folded = remove_dropout(fold_batch_norm(frozen)).with_history(HistoryEntry(step="freeze"))
     return Frozen(
         program=folded,
@@ -61,9 +62,14 @@ def plan_of(program: Program) -> QuantizationPlan:
         ProgramError: there are none.
     """
     for entry in reversed(program.history):
-        if entry.step == STEP:
+        if entry.step == STEP and "plan" in entry.parameters:
             return plan_from_json(json.dumps(entry.parameters["plan"]))
     raise ProgramError("The program has no fake quantizers. Give one that `prepare_qat` made.")
+
+
+def _without_plan(entry: HistoryEntry) -> HistoryEntry:
+    kept = {key: value for key, value in entry.parameters.items() if key != "plan"}
+    return replace(entry, parameters=kept) if entry.step == STEP else entry
 
 
 # Weights
