@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, UnknownNameError, closest
 from slimgraph.program.scheme import IntScheme
 from slimgraph.table import text_table
 
@@ -86,6 +87,42 @@ class QuantizationPlan:
                 f"The ranges lack {len(missing)} values, {missing[0]!r} first. Give one for each of `range_owners`."
             )
         return replace(self, ranges={**ranges, **known})
+
+    def with_bits(
+        self, weights: Mapping[str, int], activations: Mapping[str, int] = MappingProxyType({})
+    ) -> "QuantizationPlan":
+        """The plan with other widths for some layers' weights, and for some values.
+
+        A value takes those with which it shares its scale along. A weight of another width loses its reach, which was
+        that of its old grid; ranges stay.
+
+        Args:
+            weights: bits by layer.
+            activations: bits by value.
+        Raises:
+            UnknownNameError: a name is of nothing that the plan quantizes.
+            ConfigError: bits that no grid has.
+        """
+        quantizers = {activation.value: activation for activation in self.activations}
+        layers = {weight.value: weight for weight in self.weights}
+        for given, existing in ((weights, list(layers)), (activations, list(quantizers))):
+            for name in given:
+                if name not in existing:
+                    raise UnknownNameError(f"The plan does not quantize {name!r}. {closest(name, existing)}")
+        by_owner = {quantizers[name].range_of: bits for name, bits in activations.items()}
+        changed = {name for name, bits in weights.items() if layers[name].scheme.bits != bits}
+        return replace(
+            self,
+            weights=tuple(
+                replace(weight, scheme=replace(weight.scheme, bits=weights.get(weight.value, weight.scheme.bits)))
+                for weight in self.weights
+            ),
+            activations=tuple(
+                replace(found, scheme=replace(found.scheme, bits=by_owner.get(found.range_of, found.scheme.bits)))
+                for found in self.activations
+            ),
+            weight_reach={name: reach for name, reach in self.weight_reach.items() if name not in changed},
+        )
 
     @property
     def range_owners(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Post-training quantization in one call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -167,6 +167,8 @@ class Quantization:
     """What chose the ranges."""
     samples: int
     """Of calibration data."""
+    repair_batches: Sequence[Mapping[str, Tensor]] = ()
+    """The first of the calibration data, on which biases were corrected."""
 
 
 def quantize_with_record(
@@ -224,6 +226,44 @@ def quantize_with_record(
         statistics=statistics,
         algorithm=algorithm,
         samples=samples,
+        repair_batches=tuple(remembered.batches),
+    )
+
+
+def quantize_again(
+    done: Quantization,
+    plan: QuantizationPlan,
+    calibration: Iterable[Any],
+    *,
+    algorithm: str | None = None,
+    bias_correction: bool = True,
+) -> Quantization:
+    """What another plan makes of the same program, without another pass over the data wherever that can be.
+
+    Args:
+        done: a quantization of the program, whose statistics hold histograms.
+        plan: without ranges it gets them from the statistics; a value whose scale was another's takes that one's.
+        calibration: read only if the plan needs the range of a value that has no statistics yet.
+        algorithm: another than before.
+    Raises:
+        ProgramError: the plan quantizes nothing.
+    """
+    require_work(plan)
+    algorithm = done.algorithm if algorithm is None else algorithm
+    statistics = dict(done.statistics)
+    for activation in done.plan.activations:
+        if activation.range_of in statistics:
+            statistics.setdefault(activation.value, statistics[activation.range_of])
+    if missing := [name for name in values_to_observe(plan) if name not in statistics]:
+        statistics |= collect_statistics(done.prepared, missing, calibration)
+    ranged = plan if plan.ranges else choose_ranges(plan, statistics, algorithm=algorithm)
+    corrected = correct_bias(done.prepared, ranged, done.repair_batches) if bias_correction else done.prepared
+    return replace(
+        done,
+        program=apply_quantization(corrected, ranged),
+        plan=ranged,
+        statistics=statistics,
+        algorithm=algorithm,
     )
 
 
