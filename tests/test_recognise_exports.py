@@ -78,6 +78,8 @@ def decoder(kind):
 OLD_14, OLD_17, NEW_18 = (False, 14), (False, 17), (True, 18)
 
 CASES = [
+    (swin, OLD_14, {"attention": 2, "gelu": 2, "layer_norm": 6}),
+    (swin, OLD_17, {"attention": 2, "gelu": 2}),
     (swin, NEW_18, {"attention": 2, "gelu": 2}),
     (convnext, OLD_14, {"layer_norm": 2, "gelu": 1}),
     (convnext, OLD_17, {"layer_norm": 2, "gelu": 1}),
@@ -85,6 +87,7 @@ CASES = [
     (t5, OLD_14, {"attention": 1, "rms_norm": 3}),
     (t5, OLD_17, {"attention": 1, "rms_norm": 3}),
     (t5, NEW_18, {"attention": 1, "rms_norm": 3}),
+    (lambda: decoder("Llama"), OLD_17, {"attention": 1, "grouped_attention": 1, "rms_norm": 3, "silu": 1}),
     (lambda: decoder("Llama"), NEW_18, {"attention": 1, "grouped_attention": 1, "rms_norm": 3, "silu": 1}),
     (lambda: decoder("Qwen2"), NEW_18, {"attention": 1, "grouped_attention": 1, "rms_norm": 3, "silu": 1}),
 ]
