@@ -60,8 +60,8 @@ class Schedule:
                         known.add(node)
                 ends.append(len(self.order))
             self.stretches[span] = _Stretch(*ends)
-            # All that a region reads stays until it is learned, also what nodes read that were computed before.
-            read = {source for node in span.nodes for source in node.all_input_nodes}
+            # What a region reads from outside stays until it is learned, also for nodes that were computed before.
+            read = {source for node in span.nodes for source in node.all_input_nodes}.difference(span.nodes)
             last |= dict.fromkeys((*read, span.exit), len(self.order) - 1)
         self.released: dict[int, list[fx.Node]] = {}
         for node, place in last.items():

@@ -1,6 +1,6 @@
 """Find the parts of a program whose output is reconstructed as a whole: residual blocks, or single layers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,17 +57,16 @@ def layer_regions(program: Program, plan: QuantizationPlan) -> tuple[Region, ...
 def block_regions(program: Program, plan: QuantizationPlan, *, most_layers: int = MOST_LAYERS) -> tuple[Region, ...]:
     """The largest regions with one way in and one way out; layers that are in none are regions themselves.
 
-    Where a value goes several ways, such as into a block and around it, the first value through which all of them
-    leave closes the region, if nothing else comes in between: a residual block, an attention with its bypass, an
-    Inception module. In graph terms the one dominates the other and is post-dominated by it. Of regions within regions
-    the largest is taken that has no more than `most_layers` layers whose weights the plan rounds.
+    Where several ways meet, such as that through a residual block and that around it, they come from one value: the
+    nearest through which all of them go, in graph terms the immediate dominator. What lies between is a region if
+    nobody else reads from inside: a residual block, an attention with its bypass, an Inception module. Of regions
+    within regions the largest is taken that has no more than `most_layers` layers whose weights the plan rounds.
     """
     flow = DataFlow(program)
     values = program.values
     layers = {values[weight.value] for weight in plan.weights}
-    found = [(entry, exit, flow.between([entry], exit)) for entry, exit in flow.enclosed()]
-    found = [(entry, exit, nodes) for entry, exit, nodes in found if 0 < len(nodes & layers) <= most_layers]
-    found.sort(key=lambda item: -len(item[2] & layers))
+    found = [(entry, exit, nodes) for entry, exit, nodes in flow.enclosed() if 0 < len(nodes & layers) <= most_layers]
+    found.sort(key=lambda item: len(item[2] & layers), reverse=True)
     taken: set[fx.Node] = set()
     blocks: dict[fx.Node, Region] = {}
     for entry, exit, nodes in found:
@@ -86,16 +85,11 @@ class DataFlow:
         self.program = program
         nodes = list(program.graph.nodes)
         self.position = {node: index for index, node in enumerate(nodes)}
-        self.output = program.graph.output_node()
         self.sources: dict[fx.Node, list[fx.Node]] = {}
-        self.readers: dict[fx.Node, list[fx.Node]] = {}
         for node in nodes:
             before = [source for source in node.all_input_nodes if source in self.sources]
-            if node.op == "placeholder" or (before and (node is self.output or _holds_tensors(node))):
+            if node.op == "placeholder" or (before and _holds_tensors(node)):
                 self.sources[node] = before
-                self.readers[node] = []
-                for source in before:
-                    self.readers[source].append(node)
 
     def layer(self, node: fx.Node) -> Region:
         """The region of one layer."""
@@ -116,24 +110,20 @@ class DataFlow:
         before = _reached([exit], lambda node: () if node in entries else node.all_input_nodes)
         return ((behind & before) | ({exit} & behind)) - entries
 
-    def enclosed(self) -> list[tuple[fx.Node, fx.Node]]:
-        """The values that go several ways, each with the value through which all of them leave."""
-        order = list(self.sources)
-        dominator = _immediate_dominators(order, self.sources)
-        post_dominator = _immediate_dominators(order[::-1], self.readers)
-        found = []
-        for entry in order:
-            exit = post_dominator.get(entry)
-            if len(self.readers[entry]) < 2 or exit is None or exit is self.output:
+    def enclosed(self) -> Iterator[tuple[fx.Node, fx.Node, set[fx.Node]]]:
+        """The values where several ways meet, after the value from which these come, with what lies between."""
+        dominator = _immediate_dominators(self.sources)
+        for exit, sources in self.sources.items():
+            entry = dominator[exit]
+            if len(sources) < 2 or entry is None or not (_is_tensor(entry) and _is_tensor(exit)):
                 continue
-            if not isinstance(exit.meta.get("val"), Tensor) or not isinstance(entry.meta.get("val"), Tensor):
-                continue
-            above: fx.Node | None = exit
-            while above is not None and above is not entry:
-                above = dominator[above]
-            if above is entry:
-                found.append((entry, exit))
-        return found
+            nodes = self.between([entry], exit)
+            if all(reader in nodes for node in nodes if node is not exit for reader in node.users):
+                yield entry, exit, nodes
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _holds_tensors(node: fx.Node) -> bool:
@@ -156,10 +146,11 @@ def _reached(starts: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[
     return found
 
 
-def _immediate_dominators(
-    order: Sequence[fx.Node], before: dict[fx.Node, list[fx.Node]]
-) -> dict[fx.Node, fx.Node | None]:
-    """For each node the nearest one through which every way to it goes; None where that is none.
+def _immediate_dominators(before: Mapping[fx.Node, Sequence[fx.Node]]) -> dict[fx.Node, fx.Node | None]:
+    """For each node the nearest one through which every way to it goes; None where there is none.
+
+    Args:
+        before: what comes right before each node, in an order of computation.
 
     In a graph without cycles one walk in topological order finds them: the nearest common ancestor, in the tree of
     dominators so far, of the nodes that come right before.
@@ -167,9 +158,9 @@ def _immediate_dominators(
     """
     dominator: dict[fx.Node, fx.Node | None] = {}
     depth: dict[fx.Node | None, int] = {None: 0}
-    for node in order:
-        common: fx.Node | None = before[node][0] if before[node] else None
-        for other in before[node][1:]:
+    for node, sources in before.items():
+        common: fx.Node | None = sources[0] if sources else None
+        for other in sources[1:]:
             meeting: fx.Node | None = other
             while meeting is not common:
                 if depth[meeting] >= depth[common]:
