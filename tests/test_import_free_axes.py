@@ -7,6 +7,7 @@ import torch
 from onnx.helper import make_node, make_tensor_value_info
 
 from slimgraph.errors import ModelImportError
+from slimgraph.importers.axis_notices import axis_notices
 from slimgraph.importers.free_axes import Input, attempts
 from slimgraph.importers.onnx.importer import import_onnx
 from slimgraph.importers.samples import unlike
@@ -201,3 +202,110 @@ def test_the_history_does_not_say_of_free_axes_that_they_are_fixed(tmp_path):
     assert program.signature.inputs[0].shape == (1, "w")
     assert "batch_is_fixed_because" in program.history[0].parameters
     assert "axes_are_fixed_because" not in program.history[0].parameters
+
+
+# --- axes that are one ---
+
+
+def chosen(shapes, runs, dtype=torch.int64):
+    """Names of the free axes by place where only some shapes run."""
+    inputs = [Input(name=f"x{i}", dtype=dtype, shape=shape) for i, shape in enumerate(shapes)]
+    return dict(attempts(inputs, (), runs=lambda attempt, really: runs(*attempt.shapes))[0].free)
+
+
+def test_names_are_axes_of_their_own_where_any_of_them_may_be_larger():
+    names = {(0, 0): "batch", (0, 1): "s1", (1, 0): "s2", (1, 1): "s3"}
+    assert chosen([("s0", "s1"), ("s2", "s3")], lambda a, b: True) == names
+
+
+def test_first_axes_are_one_where_the_model_does_not_run_with_two():
+    shapes = [("s0", "s1"), ("s2", "s3")]
+    names = {(0, 0): "batch", (0, 1): "s1", (1, 0): "batch", (1, 1): "s3"}
+    assert chosen(shapes, lambda a, b: a[0] == b[0]) == names
+    assert chosen(shapes, lambda a, b: a[0] <= b[0]) == names  # a mask of which too much may be given is one of as much
+
+
+def test_axes_in_the_same_place_are_one_where_the_model_does_not_run_otherwise():
+    names = {(0, 0): "batch", (0, 1): "s1", (1, 0): "batch", (1, 1): "s1"}
+    assert chosen([("s0", "s1"), ("s2", "s3")], lambda a, b: a == b) == names
+    assert chosen([("s0", "s1"), ("s2", "s3")], lambda a, b: a[0] == b[0] and a[1] <= b[1]) == names
+
+
+def test_a_signal_is_as_long_as_the_model_needs_it():
+    inputs = [Input(name="x", dtype=torch.float32, shape=("N", "time"))]
+    first, *_ = attempts(inputs, (), runs=lambda attempt, really: attempt.shapes[0][1] > 400)
+    assert (first.shapes, first.free) == (((2, 1600),), {(0, 0): "batch", (0, 1): "time"})
+
+
+def test_each_axis_is_tried_to_be_the_only_one_that_is_fixed_before_all_are():
+    tried = [set(attempt.free.values()) for attempt in attempts(floats(("N", 3, "h", "w")), ())]
+    assert tried == [{"batch", "h", "w"}, {"batch", "w"}, {"batch", "h"}, {"batch"}, set()]
+
+
+def test_two_inputs_of_unlike_names_have_one_batch_and_one_sequence(tmp_path):
+    nodes = [make_node("Cast", ["mask"], ["m"], to=FLOAT), make_node("Mul", ["x", "m"], ["y"])]
+    shapes = {"x": ["s10", "s12"], "mask": (INT64, ["s86", "s21"])}
+    program = imported(tmp_path, nodes, shapes, {"y": FLOAT})
+    assert [spec.shape for spec in program.signature.inputs] == [("batch", "s12")] * 2
+    assert program(torch.ones(3, 5), torch.zeros(3, 5, dtype=torch.int64)).shape == (3, 5)
+    assert list(axis_notices(program.history)) == []
+
+
+def sizes_of_x(name, axis):
+    return [make_node("Shape", ["x"], [f"{name}_all"]), make_node("Gather", [f"{name}_all", axis], [name])]
+
+
+def test_as_much_of_a_table_is_read_as_there_is_input(tmp_path):
+    # the positions of an encoder, stored as integers, which are known while importing
+    nodes = [
+        *sizes_of_x("length", "last"),
+        make_node("Slice", ["positions", "zero", "length", "last"], ["own"]),
+        make_node("Add", ["x", "own"], ["y"]),
+    ]
+    tensors = {"positions": np.arange(64).reshape(1, 64), "zero": np.array([0]), "last": np.array([1])}
+    program = imported(tmp_path, nodes, {"x": (INT64, ["N", "t"])}, {"y": INT64}, tensors)
+    assert program.signature.inputs[0].shape == ("batch", "t")
+    for length in (1, 7, 64):
+        x = torch.zeros(2, length, dtype=torch.int64)
+        torch.testing.assert_close(program(x), torch.arange(length).expand(2, -1))
+
+
+def test_a_table_is_read_at_the_place_that_a_size_says(tmp_path):
+    nodes = [
+        *sizes_of_x("length", "last"),
+        make_node("Gather", ["table", "length"], ["own"]),
+        make_node("Add", ["x", "own"], ["y"]),
+    ]
+    tensors = {"table": np.arange(100, 164), "last": np.array(1)}
+    program = imported(tmp_path, nodes, {"x": (INT64, ["N", "t"])}, {"y": INT64}, tensors)
+    assert program.signature.inputs[0].shape == ("batch", "t")
+    assert program(torch.zeros(2, 5, dtype=torch.int64)).unique().tolist() == [105]
+
+
+# --- what is told ---
+
+
+def test_an_axis_that_is_fixed_is_told_with_the_operator_that_asks_for_it(tmp_path):
+    nodes = [make_node("Reshape", ["x", "rows"], ["y"], name="in_rows")]
+    tensors = {"rows": np.array([0, 8, 8])}
+    program = imported(tmp_path, nodes, {"x": ["N", "t"]}, {"y": FLOAT}, tensors)
+    (notice,) = axis_notices(program.history)
+    assert "axis 1 (t) of x open, and the program has the size 64" in notice
+    assert "Reshape of version 17 at 'in_rows' needs the size as a number" in notice
+
+
+def test_a_batch_that_is_freed_is_told(tmp_path):
+    (notice,) = axis_notices(imported(tmp_path, [make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": FLOAT}).history)
+    assert notice == "The file fixes axis 0 of x, and the program takes any number of samples there."
+
+
+def test_a_batch_that_stays_fixed_is_told_with_the_reason(tmp_path):
+    program = imported(tmp_path, [make_node("Softmax", ["x"], ["y"], axis=0)], {"x": [1, 4]}, {"y": FLOAT})
+    (notice,) = axis_notices(program.history)
+    assert notice.startswith("The number of samples stays as the file fixes it. The operator Softmax")
+
+
+def test_sizes_that_are_asked_for_are_no_news(tmp_path):
+    nodes = [make_node("Relu", ["x"], ["y"])]
+    program = imported(tmp_path, nodes, {"x": ["N", "t"]}, {"y": FLOAT}, input_shapes=[(0, 5)])
+    assert list(axis_notices(program.history)) == []

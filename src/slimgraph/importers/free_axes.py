@@ -1,7 +1,7 @@
 """Choose which axes of a model's inputs are free."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeAlias
 
@@ -14,8 +14,17 @@ InputShapes: TypeAlias = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 Place: TypeAlias = tuple[int, int]
 """Of an axis: which input, which axis."""
 
-_SIZE = 64
-"""Example size of a free axis that is not the batch: networks halve it up to six times."""
+_SIZE, _APART = 64, 32
+"""Example size of a free axis that is not the batch, and of each further one more; networks halve them six times."""
+
+_TOKENS, _TOKENS_APART = 23, 6
+"""The same where the input holds integers: less than the tables of positions have rows, and no size of anything."""
+
+_LONG, _LONG_APART = 1600, 320
+"""The same for signals, of which a sample is a small part of a second."""
+
+_MOST_SINGLE = 4
+"""Names of axes of which each is tried to be the only one that is fixed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +51,67 @@ class Attempt:
     """Whether the file fixes one sample, so that it has to be shown that any number may stand in its place."""
     gives_up: str
     """Key for the history: what the next attempt goes without; empty for the last one."""
+    open: Mapping[Place, str]
+    """Name of each axis that could be free."""
+    counts: str
+    """Which of these names counts samples."""
 
     @property
     def batched(self) -> frozenset[int]:
         """The inputs whose first axis counts samples."""
         return frozenset(i for (i, axis), name in self.free.items() if axis == 0 and name == self.batch)
 
-    def sized(self, samples: int) -> list[tuple[int, ...]]:
-        """Shapes of the inputs for so many samples."""
-        return [
-            tuple(samples if self.free.get((i, axis)) == self.batch else size for axis, size in enumerate(shape))
+    def without(self, names: Collection[str]) -> "Attempt":
+        """The same with the axes of these names fixed."""
+        free = {place: name for place, name in self.free.items() if name not in names}
+        shapes = tuple(
+            tuple(
+                (1 if axis == 0 else max(size, _SIZE)) if self.free.get((i, axis)) in names else size
+                for axis, size in enumerate(shape)
+            )
             for i, shape in enumerate(self.shapes)
-        ]
-
-    def goes_without(self, key: str) -> bool:
-        """Whether it lacks what a reason in the history is about."""
-        names = set(self.free.values())
-        return self.batch not in names if key == "batch_is_fixed_because" else names <= {self.batch}
+        )
+        return replace(self, free=free, shapes=shapes)
 
 
-def attempts(inputs: Sequence[Input], sizes: InputShapes, *, free_one: bool = True) -> list[Attempt]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """Example sizes of the free axes, by the names that these then have."""
+
+    names: Mapping[Place, str]
+    sizes: Mapping[str, int]
+    samples: int = 2  # one is a size of its own to the tracer (broadcasting), two stand for any number
+    fixed: int = _SIZE
+    """For an axis that could be free and is not."""
+
+    def turned_round(self, batch: str) -> "_Scale | None":
+        """The same with the larger sizes for the axes that had smaller ones; None where no two are to be compared."""
+        rows = {name for (_, axis), name in self.names.items() if axis == 0 and name != batch}
+        others = [name for name in self.sizes if name not in rows]
+        if not rows and len(others) < 2:
+            return None
+        turned = dict(zip(others, reversed([self.sizes[name] for name in others]), strict=True))
+        return replace(self, sizes={**self.sizes, **turned}, samples=self.samples + 1 + len(rows))
+
+
+def attempts(
+    inputs: Sequence[Input],
+    sizes: InputShapes,
+    *,
+    free_one: bool = True,
+    runs: Callable[[Attempt, bool], bool] = lambda attempt, really: True,
+) -> list[Attempt]:
     """From everything free to nothing free.
+
+    Axes of different names are different ones if the model runs whichever of them is larger. Else the first axes are
+    one, or all that stand in the same place: exporters give each axis of each input a name.
 
     Args:
         inputs: what the file says about its inputs.
         sizes: shapes of inputs by name or in order. They fix the axes that the file leaves open; 0 or less leaves one
             free, and so does 1 for the axis that counts samples: one sample stands for any number of them.
         free_one: whether to free also the batch of a file that fixes one sample.
+        runs: whether the model runs on the example inputs of an attempt, and if asked for computes something.
     Raises:
         ModelImportError: a shape is that of no input, or two give one axis different sizes.
     """
@@ -76,42 +119,106 @@ def attempts(inputs: Sequence[Input], sizes: InputShapes, *, free_one: bool = Tr
     baked = first == 1 and free_one
     names, batch = _named(inputs, free_one)
     fixed = _fixed(inputs, names, batch, sizes)
-    free = {place: name for place, name in names.items() if name not in fixed}
-    batch_only = {place: name for place, name in free.items() if name == batch}
-    rest_only = {place: name for place, name in free.items() if name != batch}
+    known = {place: fixed[name] for place, name in names.items() if name in fixed}
+    could_be_free = {place: name for place, name in names.items() if name not in fixed}
 
-    choices: list[tuple[dict[Place, str], bool, str]] = []
-    if batch_only:
-        if rest_only:
-            choices.append((free, baked, "axes_are_fixed_because"))
-        choices.append((batch_only, baked, "batch_is_fixed_because"))
-    if rest_only and (baked or not batch_only):
-        choices.append((rest_only, False, "axes_are_fixed_because"))
-    choices.append(({}, False, ""))
+    def attempt(scale: _Scale, free: Mapping[Place, str], is_baked: bool, gives_up: str = "") -> Attempt:
+        def example(place: Place, size: int | str | None) -> int:
+            if place in known:
+                return known[place]
+            if free.get(place) == batch:
+                return scale.samples
+            if place in free:
+                return scale.sizes[free[place]]
+            if isinstance(size, int):
+                return size
+            return 1 if place[1] == 0 or scale.names[place] == batch else scale.fixed
 
-    def example(chosen: Mapping[Place, str], i: int, axis: int, size: int | str | None) -> int:
-        if (i, axis) in fixed_places:
-            return fixed[names[i, axis]]
-        if chosen.get((i, axis)) == batch:
-            return 2  # one sample is a size of its own to the tracer (broadcasting), two stand for any number
-        if isinstance(size, int):
-            return size
-        return 1 if axis == 0 or names[i, axis] == batch else _SIZE
-
-    fixed_places = {place for place, name in names.items() if name in fixed}
-    return [
-        Attempt(
+        return Attempt(
             shapes=tuple(
-                tuple(example(chosen, i, axis, size) for axis, size in enumerate(spec.shape))
-                for i, spec in enumerate(inputs)
+                tuple(example((i, axis), size) for axis, size in enumerate(spec.shape)) for i, spec in enumerate(inputs)
             ),
-            free=chosen,
-            batch=batch if batch in chosen.values() else "",
+            free=free,
+            batch=batch if batch in free.values() else "",
             baked=is_baked,
             gives_up=gives_up,
+            open=scale.names,
+            counts=batch,
         )
-        for chosen, is_baked, gives_up in choices
-    ]
+
+    def choices(scale: _Scale) -> list[Attempt]:
+        free = scale.names
+        batch_only = {place: name for place, name in free.items() if name == batch}
+        rest_only = {place: name for place, name in free.items() if name != batch}
+        rest = list(dict.fromkeys(rest_only.values()))
+        result = []
+        if rest_only and batch_only:
+            result.append(attempt(scale, free, baked, "axes_are_fixed_because"))
+            if 1 < len(rest) <= _MOST_SINGLE:
+                for fixed_one in rest:
+                    others = {place: name for place, name in free.items() if name != fixed_one}
+                    result.append(attempt(scale, others, baked, "axes_are_fixed_because"))
+        if batch_only:
+            result.append(attempt(scale, batch_only, baked, "batch_is_fixed_because"))
+        if rest_only and (baked or not batch_only):
+            result.append(attempt(scale, rest_only, False, "axes_are_fixed_because"))
+        return [*result, attempt(scale, {}, False)]
+
+    scales = _scales(inputs, could_be_free, batch)
+    if len(scales) > 1:
+        for is_baked in (True, False) if baked else (False,):
+            for scale in scales:
+                free = {place: name for place, name in scale.names.items() if is_baked or not baked or name != batch}
+                turned = scale.turned_round(batch)
+                if runs(attempt(scale, free, is_baked), False) and (
+                    turned is None or runs(attempt(turned, free, is_baked), True)
+                ):
+                    return choices(scale)
+    return choices(scales[-1])
+
+
+def another_size(size: int) -> int:
+    """Another size for a free axis that is not the batch, as likely to suit a network as its example size."""
+    if size >= _LONG:
+        return size + _LONG_APART
+    if size >= _SIZE:
+        return size + _APART
+    return size - _TOKENS_APART if size >= _TOKENS else size + 1
+
+
+def _scales(inputs: Sequence[Input], names: Mapping[Place, str], batch: str) -> list[_Scale]:
+    """From axes that are all different to axes that have all one size, which is the last; where nothing else fits."""
+    first_of: dict[int, str] = {0: batch} if batch in names.values() else {}
+    same_place = dict[str, str]()
+    for (_, axis), name in names.items():
+        if name != batch:
+            same_place.setdefault(name, first_of.setdefault(axis, name))
+    first_axes = {name: batch for name, other in same_place.items() if other == batch}
+    by_first, by_place = ({k: tied.get(name, name) for k, name in names.items()} for tied in (first_axes, same_place))
+    found = [_scale(inputs, tied, batch) for tied in (names, by_first, by_place)]
+    found.append(_scale(inputs, by_place, batch, signals=True))
+    found.append(_Scale(names=by_place, sizes=dict.fromkeys(by_place.values(), _SIZE)))
+    return [scale for i, scale in enumerate(found) if scale not in found[:i]]
+
+
+def _scale(inputs: Sequence[Input], names: Mapping[Place, str], batch: str, *, signals: bool = False) -> _Scale:
+    """A size of its own for each name."""
+    sizes = dict[str, int]()
+    rows = 0
+    for (i, axis), name in names.items():
+        if name == batch or name in sizes:
+            continue
+        spec, k = inputs[i], len(sizes) - rows
+        if axis == 0:
+            sizes[name] = 3 + rows
+            rows += 1
+        elif not spec.dtype.is_floating_point:
+            sizes[name] = _TOKENS + _TOKENS_APART * k
+        elif signals and len(spec.shape) <= 3:
+            sizes[name] = _LONG + _LONG_APART * k
+        else:
+            sizes[name] = _SIZE + _APART * k
+    return _Scale(names=names, sizes=sizes, fixed=_LONG if _LONG in sizes.values() else _SIZE)
 
 
 def _named(inputs: Sequence[Input], free_one: bool) -> tuple[dict[Place, str], str]:

@@ -48,7 +48,8 @@ class Operator:
 
     `run(call, *inputs)` gets a tensor for each input, None for one that is left out, and a `Host` at the positions in
     `static`; it returns what its outputs are, in order. Where everything is known while importing, `host(call,
-    *inputs)` is called instead, with a `Host` for each input.
+    *inputs)` is called instead, with a `Host` for each input; it returns NotImplemented where the sizes of its result,
+    or what is in it, depend on free axes in a way that no list of numbers can have.
     """
 
     run: Handler | None = None
@@ -286,6 +287,9 @@ class Interpreted(nn.Module):
         """Steps inside of others in the call that is running."""
         self.counted = 0
         """Numbers known while importing in the call that is running."""
+        self.asks: dict[tuple[int, int], Step] = {}
+        """By input and axis: the step that made a number of a size that was free, in any call. torch.export puts a copy
+        of what there was before in its place: whoever wants to know takes hold of it before."""
         self.read = {name for step in every(self.steps) for name in step.inputs} | set(outputs)
         self.read |= {name for step in every(self.steps) for body in step.bodies for name in body.outputs}
         self._makers = {name: step for step in every(self.steps) for name in step.outputs if name}
@@ -305,8 +309,13 @@ class Interpreted(nn.Module):
         self.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         values: dict[str, Value] = dict(zip(self.inputs, inputs, strict=True))
         self.unrolled = self.counted = 0
+        sizes = {(i, axis): size for i, x in enumerate(inputs) for axis, size in enumerate(x.shape)}
+        free = {place: size for place, size in sizes.items() if not _is_known(size)}
         for step, done in zip(self.steps, self._last_reads, strict=True):
             self.run([step], values)
+            for place in [place for place, size in free.items() if _is_known(size)]:
+                del free[place]
+                self.asks.setdefault(place, step)
             for name in done:  # what is known while importing is small, and may be asked for again
                 if isinstance(values.get(name), Tensor):
                     del values[name]
@@ -339,13 +348,14 @@ class Interpreted(nn.Module):
         call = Call(step, self, values, suffix)
         operator = step.operator
         try:
+            result: Any = NotImplemented
             if operator.host is not None and self._is_host(step, values):
                 known = [self.host(name, values) for name in step.inputs]
                 self._count(call, known)
                 result = operator.host(call, *known)
-            elif operator.run is not None:
+            if result is NotImplemented and operator.run is not None:
                 result = operator.run(call, *(self._given(call, i, name) for i, name in enumerate(step.inputs)))
-            else:
+            if result is NotImplemented:
                 raise call.undecidable(
                     "it works on sizes only, and gets values that are known only when the model runs"
                 )
@@ -396,7 +406,7 @@ class Interpreted(nn.Module):
                 result = step.operator.host(call, *inputs)
                 results = list(result) if isinstance(result, tuple) else [result]
                 self._count(call, results)
-                found = results[step.outputs.index(name)]
+                found = results[step.outputs.index(name)] if result is not NotImplemented else None
                 done[name] = found if isinstance(found, Host) else None
         return done[name]
 
@@ -632,6 +642,11 @@ def _check_symbols(call: Call, value: Host) -> None:
                 parts += parts.pop().args
         if parts:
             raise call.error(f"its result depends on a free axis by more than {MOST_PARTS} operations")
+
+
+def _is_known(size: Any) -> bool:
+    """Whether it is a number, or a symbol that a comparison has made one."""
+    return not isinstance(size, SYMBOLS) or bool(size.node.expr.is_number)
 
 
 def _hint(size: Any) -> int:

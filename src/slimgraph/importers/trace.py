@@ -1,36 +1,33 @@
 """Trace an interpreted graph into a program, with its first axis free wherever that is right."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ModelImportError
-from slimgraph.importers.free_axes import Attempt, Input, InputShapes, attempts
-from slimgraph.importers.samples import over_samples, unlike
+from slimgraph.importers.axis_notices import axes_told
+from slimgraph.importers.check import check_against_graph, examples, require_apart
+from slimgraph.importers.free_axes import Attempt, Input, InputShapes, Place, attempts
 from slimgraph.importers.steps import (
     FAILURES,
     MARK,
-    MOST_AXES,
-    MOST_ELEMENTS,
     Interpreted,
+    Step,
     UndecidableError,
     describe,
-    every,
-    reason_of,
 )
-from slimgraph.program.differences import largest_difference
 from slimgraph.program.flatten import flatten
-from slimgraph.program.names import layer_of, operator_name, set_names, unused, value_of
+from slimgraph.program.names import operator_name, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.quiet import quiet_export
 from slimgraph.program.recognise import recognise_in_place
-from slimgraph.program.signature import TensorSpec
 
 __all__ = ["Input", "InputShapes", "trace"]
 
@@ -60,47 +57,85 @@ def trace(
         UndecidableError: a step depends on what the inputs hold, which no other way of tracing would change.
         ModelImportError: no way of tracing works; the message says why the last one does not.
     """
-    fixed_because: dict[str, Json] = {}
+    reasons: dict[str, str] = {}
     if one_sample_because and next((spec.shape[0] for spec in inputs if spec.shape), None) == 1:
-        fixed_because["batch_is_fixed_because"] = one_sample_because
-    for attempt in attempts(inputs, sizes, free_one=not one_sample_because):
+        reasons["batch_is_fixed_because"] = one_sample_because
+
+    def runs(attempt: Attempt, really: bool) -> bool:
+        return _runs(make(attempt.baked).eval(), inputs, attempt, really)
+
+    for attempt in attempts(inputs, sizes, free_one=not one_sample_because, runs=runs):
         interpreted = make(attempt.baked).eval()
+        asks = interpreted.asks
         try:
-            program = _exported(interpreted, inputs, attempt)
-            if attempt.baked:
-                _require_apart(program, interpreted, attempt)
-            program = recognise_in_place(program)
-            _check(program, interpreted, attempt)
+            program = _checked(interpreted, inputs, attempt)
         except UndecidableError:
             raise
         except ModelImportError as error:
             if not attempt.gives_up:
                 raise
-            fixed_because[attempt.gives_up] = str(error)
+            reasons.setdefault(attempt.gives_up, str(error))
             continue
-        told = {key: reason for key, reason in fixed_because.items() if attempt.goes_without(key)}
+        if specialized := _specialized(program, attempt):
+            reasons.setdefault("axes_are_fixed_because", _asked_for(asks, attempt, specialized))
+            program = _at_usual_sizes(make, inputs, attempt.without(specialized)) or program
+        told = axes_told(program, inputs, attempt, reasons)
         program.history = (HistoryEntry(step=step, parameters={**parameters, **told}), *program.history)
         return program
     raise AssertionError("the last attempt either returns or raises")
 
 
+def _runs(interpreted: Interpreted, inputs: Sequence[Input], attempt: Attempt, really: bool) -> bool:
+    """Whether the graph runs on the example inputs; not really: with shapes only, so that nothing is computed."""
+    try:
+        with nullcontext() if really else FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            interpreted(*examples(inputs, attempt.shapes))
+    except (ModelImportError, *FAILURES):
+        return False
+    return True
+
+
+def _checked(interpreted: Interpreted, inputs: Sequence[Input], attempt: Attempt) -> Program:
+    program = _exported(interpreted, inputs, attempt)
+    if attempt.baked:
+        require_apart(program, interpreted, attempt)
+    program = recognise_in_place(program)
+    check_against_graph(program, interpreted, attempt)
+    return program
+
+
+def _at_usual_sizes(make: Callable[[bool], Interpreted], inputs: Sequence[Input], attempt: Attempt) -> Program | None:
+    """The program with what is not free at the sizes that axes usually have; None where that is no program."""
+    try:
+        return _checked(make(attempt.baked).eval(), inputs, attempt)
+    except ModelImportError:
+        return None
+
+
+def _specialized(program: Program, attempt: Attempt) -> set[str]:
+    """Names of the axes that were to be free, and of which an operator wants the size as a number."""
+    specs = program.signature.inputs
+    return {name for (i, axis), name in attempt.free.items() if isinstance(specs[i].shape[axis], int)}
+
+
+def _asked_for(asks: Mapping[Place, Step], attempt: Attempt, names: set[str]) -> str:
+    steps = [step for place, step in asks.items() if attempt.free.get(place) in names]
+    where = " and ".join(dict.fromkeys(f"{describe(step)}" for step in steps[:2])) or "The traced model"
+    return f"{where} needs the size as a number."
+
+
 def _exported(interpreted: Interpreted, inputs: Sequence[Input], attempt: Attempt) -> Program:
-    # As in `capture`: the batch must be free without condition, other axes may keep conditions to themselves.
+    # As in `capture`: the batch must be free without condition, other axes may keep conditions to themselves, and turn
+    # out to be one axis, or none that can be free.
     dims = {
-        name: torch.export.Dim("batch") if name == attempt.batch else torch.export.Dim.DYNAMIC
+        name: torch.export.Dim("batch") if name == attempt.batch else torch.export.Dim.AUTO
         for name in attempt.free.values()
     }
     shapes = tuple(
         {axis: dims[name] for (owner, axis), name in attempt.free.items() if owner == i} or None
         for i in range(len(inputs))
     )
-    for spec, shape in zip(inputs, attempt.shapes, strict=True):
-        if len(shape) > MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) > MOST_ELEMENTS:
-            raise ModelImportError(
-                f"The input {spec.name!r} has the shape {list(spec.shape)[:MOST_AXES]}, which no tensor here can have: "
-                f"at most {MOST_AXES} axes and {MOST_ELEMENTS} elements."
-            )
-    example = tuple(_example(spec, shape, 0) for spec, shape in zip(inputs, attempt.shapes, strict=True))
+    example = examples(inputs, attempt.shapes)
     try:
         with torch.no_grad(), quiet_export(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, about its own internals
@@ -119,20 +154,6 @@ def _exported(interpreted: Interpreted, inputs: Sequence[Input], attempt: Attemp
     form: Literal["tensor", "dict"] = "tensor" if len(outputs) == 1 else "dict"
     program.signature = replace(program.signature, outputs=outputs, output_form=form)
     return edit.finish(program)
-
-
-def _example(spec: Input | TensorSpec, shape: Sequence[int], seed: int) -> Tensor:
-    """Numbers between 0 and 1; integers are 0 or 1, which are indices into any table."""
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        if spec.dtype.is_floating_point:
-            return torch.rand(tuple(shape), generator=generator).to(spec.dtype)
-        return torch.randint(0, 2, tuple(shape), generator=generator).to(spec.dtype)
-    except (RuntimeError, MemoryError) as error:
-        raise ModelImportError(
-            f"There is no memory for an input {spec.name!r} of the shape {list(shape)}: {reason_of(error)}. Give "
-            "smaller sizes for what the file leaves open (`input_shapes`)."
-        ) from error
 
 
 def _take_names(program: Program) -> None:
@@ -170,86 +191,3 @@ def _name_rest(nodes: Sequence[fx.Node], layer: str, taken: set[str]) -> None:
 def _is_tensor(value: Any) -> bool:
     items = value if isinstance(value, (tuple, list)) else [value]
     return any(isinstance(item, Tensor) for item in items)
-
-
-def _require_apart(program: Program, interpreted: Interpreted, attempt: Attempt) -> None:
-    """Raise where an operator computes over the samples of a file that fixes one, which numbers need not show."""
-    if (found := over_samples(program.graph, attempt.batched)) is not None:
-        node, axis = found
-        raise ModelImportError(
-            f"{_described(node, interpreted)} computes over all samples at once ({operator_name(node.target)} over "
-            f"axis {axis} of {value_of(node.all_input_nodes[0]) or 'its input'!r}), so that one sample would depend on "
-            "the others."
-        )
-
-
-def _described(node: fx.Node, interpreted: Interpreted) -> str:
-    """The step of the file that a node is part of."""
-    layer = layer_of(node)
-    name = layer.partition("#")[0]  # where a loop runs again
-    step = next((step for step in every(interpreted.steps) if step.name in (layer, name)), None)
-    return describe(step) if step is not None else f"The operator {operator_name(node.target)} at {layer!r}"
-
-
-def _check(program: Program, interpreted: Interpreted, attempt: Attempt) -> None:
-    """Raise unless the program computes what the graph says, for one sample and several, each as if alone."""
-    batched, outputs = attempt.batched, program.signature.outputs
-    for samples in (1, 3) if batched else (0,):
-        call = [
-            _example(spec, shape, i + 1)
-            for i, (spec, shape) in enumerate(zip(program.signature.inputs, attempt.sized(samples), strict=True))
-        ]
-        if samples > 1 and attempt.baked:  # what the graph says of several samples is what it says of each
-            call = [unlike(x) if i in batched else x for i, x in enumerate(call)]
-            found = _run(program, interpreted, call)
-            for spec, x in zip(outputs, found, strict=True):
-                if not x.dim() or x.shape[0] % samples:
-                    raise ModelImportError(
-                        f"Output {spec.name!r}, {list(x.shape)}, has no axis of {samples} samples first."
-                    )
-            for sample in range(samples):
-                own = [x[sample : sample + 1] if i in batched else x for i, x in enumerate(call)]
-                among = [x.reshape(samples, -1, *x.shape[1:])[sample] for x in found]
-                _compare(outputs, _run(program, interpreted, own), among, "the same sample alone")
-            continue
-        found = _run(program, interpreted, call)
-        with torch.no_grad():
-            expected = list(interpreted(*call).values())
-        _compare(outputs, expected, found, "the graph, run operator by operator")
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph, and knows where it is."""
-
-    extra_traceback = False
-    at: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.at = n
-        return super().run_node(n)
-
-
-def _run(program: Program, interpreted: Interpreted, call: Sequence[Tensor]) -> list[Tensor]:
-    run = _Run(program.graph_module)
-    try:
-        with torch.no_grad():
-            return list(run.run(*call))
-    except FAILURES as error:
-        shapes = [list(x.shape) for x in call]
-        where = f"{_described(run.at, interpreted)} fails" if run.at is not None else "it fails"
-        raise ModelImportError(
-            f"The traced model does not run on inputs of {shapes}: {where}: {reason_of(error)}"
-        ) from error
-
-
-def _compare(specs: Sequence[TensorSpec], expected: list[Tensor], found: list[Tensor], what: str) -> None:
-    for spec, wanted, got in zip(specs, expected, found, strict=True):
-        if wanted.shape != got.shape:
-            raise ModelImportError(
-                f"Output {spec.name!r} has shape {list(got.shape)}; {what} gives {list(wanted.shape)}."
-            )
-        difference, reach = largest_difference(wanted, got)
-        if not difference <= 1e-3 * reach + 1e-6:
-            raise ModelImportError(
-                f"Output {spec.name!r} differs by {difference:.3g} from {what} ({reach:.3g} at most)."
-            )

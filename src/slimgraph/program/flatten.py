@@ -142,8 +142,8 @@ def _named_inputs(
     for name, value in inputs:
         shape: list[int | str] = []
         for axis, size in enumerate(value.shape):
-            if not isinstance(size, torch.SymInt):
-                shape.append(size)
+            if not isinstance(size, torch.SymInt) or size.node.expr.is_number:  # a symbol that the tracer made a number
+                shape.append(int(size))
                 continue
             (symbol,) = size.node.expr.free_symbols
             factor = int(size.node.expr.coeff(symbol))
@@ -158,8 +158,8 @@ def _named_inputs(
 
 def _output_spec(name: str, value: Any, meanings: Mapping[str, str]) -> TensorSpec:
     def in_words(size: Any) -> int | str:
-        if isinstance(size, int):
-            return size
+        if isinstance(size, int) or size.node.expr.is_number:
+            return int(size)
         return re.sub(r"[A-Za-z_]\w*", lambda symbol: meanings.get(symbol[0], symbol[0]), str(size.node.expr))
 
     return TensorSpec(name=name, dtype=value.dtype, shape=tuple(map(in_words, value.shape)))

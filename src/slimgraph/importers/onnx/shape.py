@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgraph.importers.batch import for_any_batch, squeezed
-from slimgraph.importers.host import Host, affordable, broadcast, product, rounded, typed
+from slimgraph.importers.host import SYMBOLS, Host, affordable, broadcast, product, rounded, typed
 from slimgraph.importers.onnx.convolution import padded
 from slimgraph.importers.steps import Call, Operator, Step, require_room
 
@@ -180,10 +180,14 @@ def _slice_known(
     ends: Host | None = None,
     axes: Host | None = None,
     steps: Host | None = None,
-) -> Host:
+) -> Any:
     item: list[Any] = [slice(None)] * x.array.ndim
     for axis, begin, end, step in _slices(call, x.array.ndim, starts, ends, axes, steps):
-        item[axis] = slice(int(begin), int(end), step)
+        if isinstance(begin, SYMBOLS) or isinstance(
+            end, SYMBOLS
+        ):  # as much of a table as there is input
+            return NotImplemented
+        item[axis] = slice(begin, end, step)
     return Host(x.array[tuple(item)], x.dtype)
 
 
@@ -239,7 +243,9 @@ def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     return flat.reshape(list(x.shape[:at]) + list(indices.shape) + list(x.shape[at + 1 :]))
 
 
-def _gather_known(call: Call, x: Host, indices: Host) -> Host:
+def _gather_known(call: Call, x: Host, indices: Host) -> Any:
+    if not indices.known:
+        return NotImplemented
     (axis,) = from_front(call, [call.int("axis", 0)], x.array.ndim)
     places = np.array(indices.ints, dtype=np.int64).reshape(indices.array.shape)
     affordable([*x.array.shape[:axis], *places.shape, *x.array.shape[axis + 1 :]])
