@@ -20,6 +20,7 @@ from onnx_models import Graph
 from paddle_models import linear_program, linear_tensors, write
 from slimgraph.cli import digits_network
 from slimgraph.cli.command import plain
+from slimgraph.cli.given import ModelOptions
 from slimgraph.cli.main import app
 from slimgraph.cli.models import open_model, parse_inputs
 from slimgraph.deploy.targets import TARGETS
@@ -176,7 +177,7 @@ def test_a_factory_draws_the_weights_of_the_seed_and_leaves_the_global_random_st
     sys.path.insert(0, ".")
 
     def weight(seed):
-        return open_model("drawn:Net", inputs=["1,1,8,8"], seed=seed).state_dict()["fc.weight"]
+        return open_model("drawn:Net", ModelOptions(inputs=["1,1,8,8"]), seed=seed).state_dict()["fc.weight"]
 
     before = torch.get_rng_state()
     assert torch.equal(weight(seed=3), weight(seed=3))
@@ -218,7 +219,7 @@ def test_weights_are_those_of_the_file(module):
 
 def open_model_here(text, **options):
     sys.path.insert(0, "")
-    return open_model(text, inputs=["1,1,8,8"], **options)
+    return open_model(text, ModelOptions(inputs=["1,1,8,8"], **options))
 
 
 @pytest.mark.parametrize(
@@ -506,3 +507,16 @@ def test_a_paddle_model_is_inspected_converted_and_verified(tmp_path):
     data = write_npz(tmp_path / "data.npz", x=np.ones((4, 4), np.float32))
     for name in ("out.onnx", "out.pt2"):
         answer("verify", folder, name, "--data", data, "--tolerance", "1e-6")
+
+
+def test_the_parameters_of_a_paddle_model_can_have_any_name_and_so_can_the_model(tmp_path):
+    write(tmp_path / "p", linear_program(), linear_tensors())
+    expected = answer("inspect", "p")
+    model, parameters = sorted((tmp_path / "p").iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (model.suffix, parameters.suffix) == (".pdmodel", ".pdiparams")
+    parameters.rename(tmp_path / "weights")
+    assert run("inspect", "p").exit_code == 2
+    assert answer("inspect", "p", "--params", "weights") == expected
+    model.rename(tmp_path / "p" / "network")
+    named = answer("inspect", "p/network", "--params", "weights")
+    assert {**named, "model": "p"} == expected

@@ -101,7 +101,59 @@ def test_a_model_that_is_not_there_or_is_something_else(name, said):
 
 def test_a_name_that_is_nearly_that_of_a_file_beside_it():
     Path("resnet.pt2").write_bytes(model_file("net.pt2").read_bytes())
-    assert "resnet.pt2" in refusal("inspect", "resnt.pt2")
+    assert "Is it resnet.pt2?" in refusal("inspect", "resnt.pt2")
+    assert "Is it resnet.pt2?" in refusal("inspect", "resnet.onnx")
+    assert "resnet" not in refusal("inspect", "missing.pt2")  # all that is alike is the suffix
+    assert "There is no folder nowhere either." in refusal("inspect", "nowhere/net.pt2")
+
+
+QUICK = [
+    ["convert", "net.pt2", "out.txt"],
+    ["convert", "net.pt2", "missing/out.onnx"],
+    ["convert", "net.pt2", "folder.onnx"],
+    ["convert", "net.pt2", "net.pt2"],
+    ["convert", "missing.onnx", "out.onnx"],
+    ["convert", "empty.onnx", "out.onnx"],
+    ["convert", "net.pt2", "out.onnx", "--weights", "w.safetensors"],
+    ["convert", "net.pt2", "out.onnx", "--params", "p.pdiparams"],
+    ["inspect", "folder", "--params", "p.pdiparams"],
+    ["inspect", "a:b", "--weights", "w.safetensors"],
+    ["inspect", "--coverage", "missing.onnx"],
+    ["compress", "net.pt2", "--data", "digits", "--out", "net.pt2/below"],
+    ["compress", "net.pt2", "--data", "missing.npz", "--out", "o"],
+    ["compress", "net.pt2", "--data", "digits", "--eval-data", "empty.npz[:3]", "--out", "o"],
+    ["evaluate", "net.pt2", "--data", "empty.npz"],
+    ["verify", "net.pt2", "empty.onnx", "--data", "digits"],
+    ["bench", "net.pt2", "--against", "missing.onnx"],
+]
+
+
+def test_what_files_alone_can_tell_is_told_before_pytorch_is_imported():
+    """It takes seconds to import, and a model a minute."""
+    Path("net.pt2").write_bytes(model_file("net.pt2").read_bytes())
+    Path("folder.onnx").mkdir()
+    Path("folder").mkdir()
+    for name in ("empty.onnx", "empty.npz"):
+        Path(name).touch()
+    script = f"""
+        import sys
+        from slimgraph.cli.main import app
+        for command in {QUICK!r}:
+            try:
+                app(command, prog_name="slimgraph")
+            except SystemExit as ended:
+                print(ended.code, *sorted({{"torch", "onnx", "numpy"}} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2"] * len(QUICK), done.stderr
+    said = done.stderr.splitlines()
+    wanted = (
+        *("give .pt2 or .onnx", "there is no folder missing", "is a folder", "another name", "no file missing.onnx"),
+        *("empty.onnx cannot be read: the file is empty", "--weights is for", "--params is for", "no file p.pdiparams"),
+        *("no file w.safetensors", "no file missing.onnx", "net.pt2 is no folder", "no file or folder missing.npz"),
+        *("empty.npz cannot be read", "empty.npz cannot be read", "empty.onnx cannot be read", "no file missing.onnx"),
+    )
+    assert [part for part, line in zip(wanted, said, strict=True) if part not in line] == [], done.stderr
 
 
 class _Bomb:

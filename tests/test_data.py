@@ -270,11 +270,14 @@ def archive(path, **members):
     return str(path)
 
 
+NO_NPZ = r" as an \.npz file"
+
+
 def test_files_that_are_no_archive_are_refused(tmp_path):
     path = tmp_path / "d.npz"
-    for content in (b"", b"not a zip file", npy(ONES)):
+    for content, why in ((b"", ": the file is empty"), (b"not a zip file", NO_NPZ), (npy(ONES), NO_NPZ)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"d\.npz cannot be read as an \.npz file"):
+        with pytest.raises(DataError, match=rf"d\.npz cannot be read{why}"):
             open_data(str(path), VECTOR)
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimgraph.cli.command import Answer, command
-from slimgraph.cli.options import Input, ModelArgument, Seed, Threads, Weights, allow_local_modules
+from slimgraph.cli.given import ModelOptions, look
+from slimgraph.cli.options import ModelArgument, Seed, Threads
 from slimgraph.errors import ConfigError, closest
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def _require_sizes(model: str, signature: "Signature", sizes: dict[str, int]) ->
 @command
 def bench(
     model: ModelArgument,
+    given: ModelOptions,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="MODEL", help="The original: both are called in turn.", show_default=False),
@@ -58,30 +60,28 @@ def bench(
         list[str] | None,
         typer.Option("--size", metavar="AXIS=N", help="Size of another free axis, as height=640.", show_default=False),
     ] = None,
-    inputs: Input = None,
-    weights: Weights = None,
     seed: Seed = 0,
 ) -> Answer:
     """Measure how long one call of MODEL takes.
 
     An .onnx file runs in ONNX Runtime, everything else in PyTorch.
     """
+    names = [model] if against is None else [model, against]
+    sizes = _sizes(size or [])
+    look(names, given)
     from slimgraph.cli.models import open_models
     from slimgraph.deploy.latency import LatencyComparison, measure_latency
     from slimgraph.deploy.random_inputs import random_inputs
     from slimgraph.deploy.runtime import OnnxModel
     from slimgraph.progress import ProgressBar
 
-    names = [model] if against is None else [model, against]
-    allow_local_modules(*names)
-    sizes = _sizes(size or [])
     with ProgressBar() as progress:
         progress(f"Opening {' and '.join(names)}")
-        opened = open_models(names, inputs=inputs, weights=weights, seed=seed)
+        opened = open_models(names, given, seed=seed)
         for name, each in zip(names, opened, strict=True):
             _require_sizes(name, each.signature, sizes)
         # A session that is opened again for its threads does not know of sizes that --input has fixed.
-        fixed = random_inputs(opened[0].signature, batch=batch, sizes=sizes, seed=seed) if inputs else None
+        fixed = random_inputs(opened[0].signature, batch=batch, sizes=sizes, seed=seed) if given.inputs else None
         progress("Measuring")
         latency = measure_latency(
             opened[0],

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.options import Data, Input, Metric, ModelArgument, Seed, Threads, Weights, allow_local_modules
+from slimgraph.cli.given import ModelOptions, look, require_output_folder
+from slimgraph.cli.options import Data, Metric, ModelArgument, Seed, Threads
 from slimgraph.cli.samples import SampleOptions, open_samples
 from slimgraph.errors import ConfigError
 
@@ -28,6 +29,7 @@ def compress(
     model: ModelArgument,
     data: Data,
     samples: SampleOptions,
+    given: ModelOptions,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder of the result; made if it is missing.", show_default=False),
@@ -73,17 +75,17 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, and write nothing.", show_default=False)
     ] = False,
-    inputs: Input = None,
-    weights: Weights = None,
 ) -> Answer:
     """Compress MODEL to int8: writes model.onnx, model.pt2, report.html and report.json.
 
     Ranges are calibrated on --data, of which a few hundred samples are enough. Exit code 3 says that more was lost than
     --max-drop allows; the files are written all the same.
     """
-    allow_local_modules(model, data, eval_data or "", metric)
     if out is None and not dry_run:
         raise ConfigError("Give --out, the folder of the result, or --dry-run to see the plan only.")
+    if out is not None:
+        require_output_folder(out)
+    look([model], given, data=[data, eval_data], callables=[metric])
     from slimgraph.auto.pipeline import CompressOptions
     from slimgraph.auto.pipeline import compress as compress_program
     from slimgraph.cli.models import open_program
@@ -91,7 +93,7 @@ def compress(
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        program = open_program(model, inputs=inputs, weights=weights, seed=seed)
+        program = open_program(model, given, seed=seed)
         calibration = open_samples(data, program.signature, samples, seed=seed)
         evaluation = None if eval_data is None else open_samples(eval_data, program.signature, samples, seed=seed)
         options: CompressOptions = {

@@ -1,7 +1,8 @@
 """`slimgraph evaluate`: how good a model's answers are."""
 
 from slimgraph.cli.command import Answer, command
-from slimgraph.cli.options import Data, Input, Metric, ModelArgument, Weights, allow_local_modules
+from slimgraph.cli.given import ModelOptions, look
+from slimgraph.cli.options import Data, Metric, ModelArgument
 from slimgraph.cli.samples import SampleOptions, open_samples
 
 
@@ -10,11 +11,11 @@ def evaluate(
     model: ModelArgument,
     data: Data,
     samples: SampleOptions,
+    given: ModelOptions,
     metric: Metric = "top1",
-    inputs: Input = None,
-    weights: Weights = None,
 ) -> Answer:
     """Measure how good MODEL's answers are on labelled data."""
+    look([model], given, data=[data], callables=[metric])
     from slimgraph.auto.outcome import counted
     from slimgraph.cli.models import open_model
     from slimgraph.progress import ProgressBar
@@ -22,11 +23,10 @@ def evaluate(
     from slimgraph.training.evaluate import evaluate as evaluate_model
     from slimgraph.training.metrics import METRICS, find_metric
 
-    allow_local_modules(model, data, metric)
     find_metric(metric)
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        opened = open_model(model, inputs=inputs, weights=weights)
+        opened = open_model(model, given)
         batches = open_samples(data, opened.signature, samples)
         result = evaluate_model(opened, counted(batches, progress, "Evaluating"), metric=metric)
     value = percent(result.value) if metric in METRICS else number(result.value, 6)

@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.options import Input, ModelArgument, Weights, allow_local_modules
+from slimgraph.cli.given import ModelOptions, look, require_foreign
+from slimgraph.cli.options import ModelArgument
 
 if TYPE_CHECKING:
     from slimgraph.program.program import HistoryEntry, Json, Program
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 @command
 def inspect(
     model: ModelArgument,
-    inputs: Input = None,
-    weights: Weights = None,
+    given: ModelOptions,
     coverage: Annotated[
         bool,
         typer.Option(
@@ -31,24 +31,24 @@ def inspect(
 ) -> Answer:
     """Show inputs, outputs, layers, parameters, MACs, operators and history of MODEL."""
     if coverage:
+        require_foreign(model)
+    look([model], given)
+    if coverage:
         return _coverage(model)
-    allow_local_modules(model)
     from slimgraph.cli.models import open_model
     from slimgraph.program.program import Program
     from slimgraph.progress import ProgressBar
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        opened = open_model(model, inputs=inputs, weights=weights)
+        opened = open_model(model, given)
         return _of_program(model, opened) if isinstance(opened, Program) else _of_onnx(model, opened.signature)
 
 
 def _coverage(model: str) -> Answer:
-    from slimgraph.cli.models import require_foreign
     from slimgraph.importers.coverage import NOT
     from slimgraph.importers.coverage import coverage as coverage_of
 
-    require_foreign(model)
     rows = coverage_of(model)
     shown = table("operator", "version", "count", "becomes part of", numbers=("version", "count"))
     for row in rows:

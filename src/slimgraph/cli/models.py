@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from slimgraph.cli.given import KINDS, ModelOptions, is_factory, is_paddle, require_model
 from slimgraph.cli.weights import load_weights
 from slimgraph.deploy.random_inputs import random_inputs
 from slimgraph.deploy.runtime import OnnxModel
@@ -23,23 +24,7 @@ from slimgraph.importers.trace import InputShapes
 from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
-from slimgraph.training.callables import import_callable, is_reference
-
-_KINDS = "a .pt2 file, an .onnx file, the folder of a Paddle model, or package.module:factory of an nn.Module"
-
-# What else people call a model, and what to do about it.
-_OTHER_SUFFIXES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar"),
-            "it is usually a Python pickle, which can run code when it is read, so it is not opened. Write its state "
-            "dict with safetensors.torch.save_file, and give package.module:factory with --weights FILE.safetensors",
-        ),
-        ".safetensors": "it holds weights without a network. Give package.module:factory with --weights and this file",
-        ".ort": "it is ONNX Runtime's own format. Give the .onnx file that it was made from",
-        ".py": "it is source code. Give package.module:factory, with the module's dotted name and without .py",
-    }
-)
+from slimgraph.training.callables import import_callable
 
 _INPUT = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?", re.ASCII)
 
@@ -54,105 +39,61 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-def open_model(
-    text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
-) -> Program | OnnxModel:
+def open_model(text: str, given: ModelOptions, *, seed: int = 0) -> Program | OnnxModel:
     """The model that MODEL names: a program, or an ONNX file in ONNX Runtime.
 
     Args:
         text: a `.pt2` file, an `.onnx` file, a Paddle model, or `package.module:factory`, which is imported and called.
-        inputs: what `--input` says of the factory's module, or of axes that an ONNX or Paddle file leaves open.
-        weights: for the factory's module.
+        given: what the command line says besides.
         seed: of the weights that a factory draws; the same one gives the same weights to every command.
     Raises:
         ModelLoadError: there is no such model, it is something else, damaged or unsafe.
-        ConfigError: `inputs` or `weights` are malformed, or the model is a file that has its own.
+        ConfigError: an option is malformed.
         CaptureError: the module cannot be captured.
     """
-    return open_models([text], inputs=inputs, weights=weights, seed=seed)[0]
+    return open_models([text], given, seed=seed)[0]
 
 
-def open_models(
-    texts: Sequence[str], *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
-) -> list[Program | OnnxModel]:
-    """As `open_model`, for several; `inputs` and `weights` are for those of them that can do with them."""
-    _require_use(texts, inputs, weights)
+def open_models(texts: Sequence[str], given: ModelOptions, *, seed: int = 0) -> list[Program | OnnxModel]:
+    """As `open_model`, for several; options are for those of them that can do with them."""
     # Beside a factory an ONNX file needs no sizes, and its inputs may have other names.
-    beside = any(map(_is_factory, texts))
+    beside = any(map(is_factory, texts))
 
-    def own(text: str) -> Sequence[str] | None:
-        return None if beside and Path(text).suffix.lower() == ".onnx" else inputs
+    def own(text: str) -> ModelOptions:
+        return replace(given, inputs=None) if beside and Path(text).suffix.lower() == ".onnx" else given
 
-    return [_opened(text, own(text), weights, seed, run_onnx=True) for text in texts]
+    return [_opened(text, own(text), seed, run_onnx=True) for text in texts]
 
 
-def open_program(
-    text: str, *, inputs: Sequence[str] | None = None, weights: Path | None = None, seed: int = 0
-) -> Program:
+def open_program(text: str, given: ModelOptions, *, seed: int = 0) -> Program:
     """As `open_model`, where only a program will do: an ONNX file is imported."""
-    _require_use([text], inputs, weights)
-    model = _opened(text, inputs, weights, seed, run_onnx=False)
+    model = _opened(text, given, seed, run_onnx=False)
     assert isinstance(model, Program)
     return model
 
 
-def _require_use(texts: Sequence[str], inputs: Sequence[str] | None, weights: Path | None) -> None:
-    factories = [text for text in texts if _is_factory(text)]
-    if weights is not None and not factories:
-        raise ConfigError(
-            f"--weights is for package.module:factory, but the model is {texts[0]}. Leave the option out."
-        )
-    if inputs and not factories and not any(map(_is_foreign, texts)):
-        raise ConfigError(
-            f"--input is for package.module:factory and for ONNX and Paddle files, but the model is {texts[0]}. "
-            "Leave the option out."
-        )
-
-
-def require_foreign(text: str) -> None:
-    """Refuse what is no file of another tool.
-
-    Raises:
-        ConfigError: it is a `.pt2` or a factory, which need no importing.
-        ModelLoadError: there is no such file.
-    """
-    if not _is_foreign(text):
-        raise ConfigError(f"--coverage is for ONNX and Paddle models, and {text} is none. Leave the option out.")
-    if not Path(text).exists():
-        raise ModelLoadError(f"There is no file {text}. {_beside(Path(text))}Give {_KINDS}.")
-
-
-def _is_factory(text: str) -> bool:
-    return is_reference(text) and not Path(text).exists()
-
-
-def _is_paddle(text: str) -> bool:
-    return Path(text).is_dir() or Path(text).suffix.lower() in (".pdmodel", ".json", ".pdiparams")
-
-
-def _is_foreign(text: str) -> bool:
-    return _is_paddle(text) or Path(text).suffix.lower() == ".onnx"
-
-
-def _opened(
-    text: str, inputs: Sequence[str] | None, weights: Path | None, seed: int, *, run_onnx: bool
-) -> Program | OnnxModel:
-    if _is_factory(text):
-        return _captured(text, inputs or (), weights, seed)
+def _opened(text: str, given: ModelOptions, seed: int, *, run_onnx: bool) -> Program | OnnxModel:
+    require_model(text, given)
+    if is_factory(text):
+        return _captured(text, given.inputs or (), given.weights, seed)
     path = Path(text)
-    if path.suffix.lower() != ".pt2" and not _is_foreign(text):
-        raise ModelLoadError(_refusal(path))
-    if not path.exists():
-        raise ModelLoadError(f"There is no file {text}. {_beside(path)}Give {_KINDS}.")
-    if path.is_dir() and path.suffix.lower() in (".pt2", ".onnx"):
-        raise ModelLoadError(f"{text} is a folder. Give {_KINDS}.")
-    if path.is_dir() and not holds_model(path):
-        raise ModelLoadError(f"The folder {text} has no Paddle model. {_within(path)}Give {_KINDS}.")
     if run_onnx and path.suffix.lower() == ".onnx":
         model = OnnxModel.open(path)
-        model.signature = _with_sizes(model.signature, _shapes(inputs), text)
+        model.signature = _with_sizes(model.signature, _shapes(given.inputs), text)
         return model
-    return load(path, input_shapes=_shapes(inputs) if _is_foreign(text) else None)
+    if is_paddle(text, given):
+        return _paddle(path, given)
+    return load(path, input_shapes=_shapes(given.inputs) if path.suffix.lower() == ".onnx" else None)
+
+
+def _paddle(path: Path, given: ModelOptions) -> Program:
+    shapes = _shapes(given.inputs)
+    if given.params is not None:
+        folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+        return load(folder, input_shapes=shapes, model_filename=name, params_filename=str(given.params.absolute()))
+    if path.is_dir() and not holds_model(path):
+        raise ModelLoadError(f"The folder {path} has no Paddle model. {_within(path)}Give {KINDS}.")
+    return load(path, input_shapes=shapes)
 
 
 def _shapes(texts: Sequence[str] | None) -> InputShapes | None:
@@ -199,31 +140,10 @@ def _with_sizes(signature: Signature, shapes: InputShapes | None, model: str) ->
     return replace(signature, inputs=tuple(map(fixed, signature.inputs)), outputs=tuple(map(fixed, signature.outputs)))
 
 
-def _refusal(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in _OTHER_SUFFIXES:
-        return f"{path} is not read as a model: {_OTHER_SUFFIXES[suffix]}."
-    if not path.exists():
-        module = Path(*str(path).split(".")).with_suffix(".py")
-        if module.is_file():
-            return (
-                f"There is no model {path}, but source code, {module}. Give {path}:factory, by the factory's own name."
-            )
-        return f"There is no model {path}. Give {_KINDS}."
-    return f"{path} is not read as a model: nothing is known of {suffix or 'files without a suffix'}. Give {_KINDS}."
-
-
 def _within(folder: Path) -> str:
     """The models in a folder, as a sentence; empty where there are none."""
     names = sorted(str(file) for suffix in ("*.pt2", "*.onnx") for file in folder.glob(suffix))
     return f"It holds {', '.join(names[:5])}{', …' if names[5:] else ''}. " if names else ""
-
-
-def _beside(path: Path) -> str:
-    """The models in the folder with the most similar names, as a sentence; empty where there are none."""
-    folder = path.parent
-    names = [file.name for suffix in ("*.pt2", "*.onnx") for file in folder.glob(suffix)] if folder.is_dir() else []
-    return f"{closest(path.name, names)} " if names else ""
 
 
 def _captured(reference: str, inputs: Sequence[str], weights: Path | None, seed: int) -> Program:

@@ -1,17 +1,13 @@
 """Arguments and options that several commands have, and what their text means."""
 
-import os
 import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from slimgraph.errors import ConfigError
-
-if TYPE_CHECKING:  # it imports torch, which `slimgraph --help` does without
-    from slimgraph.training.images import ImageOptions
+from slimgraph.training.image_options import ImageOptions
 
 ModelArgument = Annotated[
     str,
@@ -33,6 +29,15 @@ Input = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="Weights for a factory, .safetensors.", show_default=False),
+]
+Params = Annotated[
+    Path | None,
+    typer.Option(
+        "--params",
+        metavar="FILE",
+        help="The parameters of a Paddle model, where its folder has several such files or they have another name.",
+        show_default=False,
+    ),
 ]
 Data = Annotated[
     str,
@@ -87,18 +92,6 @@ Order = Annotated[
 ]
 
 
-def allow_local_modules(*texts: str) -> None:
-    """Let `module:name` find modules in the current folder, as `python -m` does, if one of the texts is of that form.
-
-    Only then: files that lie beside a model must not be imported instead of installed packages.
-    """
-    from slimgraph.training.callables import is_reference
-
-    places = (text.partition("[")[0] for text in texts)
-    if any(is_reference(place) and not place.startswith("digits:") for place in places):
-        sys.path.insert(0, os.getcwd())
-
-
 def _numbers(option: str, text: str) -> float | tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
@@ -118,14 +111,12 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 def image_options(
     image_size: str | None, resize_size: int | None, mean: str, std: str, order: Literal["RGB", "BGR"]
-) -> "ImageOptions":
+) -> ImageOptions:
     """How images become numbers, from the text of the options.
 
     Raises:
         ConfigError: a text is not what its option takes.
     """
-    from slimgraph.training.images import ImageOptions
-
     return ImageOptions(
         image_size=None if image_size is None else _image_size(image_size),
         resize_size=resize_size,

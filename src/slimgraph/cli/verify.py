@@ -6,7 +6,8 @@ import typer
 from rich.table import Table
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.options import Data, Input, Weights, allow_local_modules
+from slimgraph.cli.given import ModelOptions, look
+from slimgraph.cli.options import Data
 from slimgraph.cli.samples import SampleOptions, open_samples
 
 if TYPE_CHECKING:
@@ -17,21 +18,25 @@ DIFFERENT = 1
 
 @command
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="The reference: .pt2, .onnx or package.module:factory.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="What should agree with it.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="The reference: .pt2, .onnx, the folder of a Paddle model, or package.module:factory."
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="What should agree with it, in any of these forms.")],
     data: Data,
     samples: SampleOptions,
+    given: ModelOptions,
     tolerance: Annotated[
         float,
         typer.Option(
             "--tolerance", help="Largest difference, as a fraction of the largest value of A's output.", min=0.0
         ),
     ] = 0.01,
-    inputs: Input = None,
-    weights: Weights = None,
 ) -> Answer:
     """Say whether models A and B agree on some data, and how closely. Exit code 0 if they do, 1 if not."""
-    allow_local_modules(a, b, data)
+    look([a, b], given, data=[data])
     from slimgraph.auto.outcome import counted
     from slimgraph.cli.models import open_models
     from slimgraph.progress import ProgressBar
@@ -39,7 +44,7 @@ def verify(
 
     with ProgressBar() as progress:
         progress(f"Opening {a} and {b}")
-        reference, other = open_models([a, b], inputs=inputs, weights=weights)
+        reference, other = open_models([a, b], given)
         batches = open_samples(data, reference.signature, samples)
         found = agreement(other, reference, counted(batches, progress, "Comparing"))
     # A NaN compares as false, so that it never agrees.

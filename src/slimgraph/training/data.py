@@ -1,6 +1,5 @@
 """Open data of many kinds as batches that fit a program."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import torch
 from slimgraph.errors import ConfigError, DataError
 from slimgraph.program.signature import Signature
 from slimgraph.training.batch import Batch, checked_inputs, checked_labels
-from slimgraph.training.callables import import_callable, is_reference
+from slimgraph.training.callables import import_callable
 from slimgraph.training.digits import open_digits
-from slimgraph.training.images import ImageOptions
+from slimgraph.training.image_options import ImageOptions
 from slimgraph.training.npz_samples import open_npz
 from slimgraph.training.picture_files import open_folder, open_list
+from slimgraph.training.place import DIGITS, is_stream, require_place, sliced
 from slimgraph.training.samples import Numbers, Samples, said
 from slimgraph.training.stream import stream_batches
 
@@ -91,10 +91,9 @@ def open_data(
         raise ConfigError(f"batch_size is {batch_size} and limit is {limit}; give at least 1.")
     if not signature.inputs:
         raise DataError("The program takes no input, so no data can be given to it.")
-    place, chosen = _sliced(spec)
-    if not place:
-        raise DataError(f"{spec!r} names no data.")
-    if is_reference(place) and not place.startswith("digits:") and not Path(place).exists():
+    require_place(spec)
+    place, chosen = sliced(spec)
+    if is_stream(place):
         return _open_stream(spec, place, chosen, limit, signature)
     samples = _open_samples(place, signature, image)
     numbers = np.arange(samples.count, dtype=np.int64)[chosen]
@@ -103,40 +102,16 @@ def open_data(
     return _batched(spec, samples, numbers, signature, batch_size)
 
 
-_SUFFIX = re.compile(r"(?P<place>.*?)\[(?P<inside>[^\[\]]*)\]")
-
-
-def _sliced(spec: str) -> tuple[str, slice]:
-    """What stands before `[start:stop]`, and the slice.
-
-    >>> _sliced("data.npz[:256]"), _sliced("digits")
-    (('data.npz', slice(None, 256, None)), ('digits', slice(None, None, None)))
-    """
-    match = _SUFFIX.fullmatch(spec)
-    if match is None:
-        return spec, slice(None)
-    bounds = re.fullmatch(r"(-?\d+)?:(-?\d+)?", match["inside"])
-    if bounds is None:
-        raise DataError(f"{spec}: samples are chosen by [start:stop], as in {match['place']}[:256].")
-    start, stop = (None if bound is None else int(bound) for bound in bounds.groups())
-    return match["place"], slice(start, stop)
-
-
 def _open_samples(place: str, signature: Signature, image: ImageOptions | None) -> Samples:
-    if place in ("digits", "digits:train", "digits:test"):
+    if place in DIGITS:
         return open_digits(place.partition(":")[2], signature)
     path = Path(place)
     try:
         if path.is_dir():
             return open_folder(path, signature, image)
-        if path.is_file():
-            return open_npz(path, signature, image) if path.suffix == ".npz" else open_list(path, signature, image)
+        return open_npz(path, signature, image) if path.suffix == ".npz" else open_list(path, signature, image)
     except PermissionError as error:
         raise DataError(f"{error.filename or path} may not be read: {error.strerror}.") from error
-    raise DataError(
-        f"There is no file or folder {place}. Data are an .npz file, a folder of class folders of pictures, a list of "
-        f"`path label` lines, module:callable, or one of digits, digits:train, digits:test."
-    )
 
 
 def _batched(spec: str, samples: Samples, numbers: Numbers, signature: Signature, batch_size: int) -> DataSource:

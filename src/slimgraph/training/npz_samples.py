@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from slimgraph.errors import DataError, closest
 from slimgraph.program.signature import Signature, TensorSpec
 from slimgraph.training.batch import LABEL_NAMES
-from slimgraph.training.images import ImageOptions, PictureInput, Pixels, picture_spec
+from slimgraph.training.image_options import ImageOptions
+from slimgraph.training.images import PictureInput, Pixels, picture_spec
 from slimgraph.training.npz import ArrayHeader, NpzFile
 from slimgraph.training.samples import Numbers, Samples, picture_samples
 

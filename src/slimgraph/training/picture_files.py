@@ -10,7 +10,8 @@ import numpy as np
 from slimgraph.errors import DataError
 from slimgraph.program.signature import Signature
 from slimgraph.training.batch import class_count
-from slimgraph.training.images import PICTURE_SUFFIXES, ImageOptions, PictureInput, Pixels
+from slimgraph.training.image_options import ImageOptions
+from slimgraph.training.images import PICTURE_SUFFIXES, PictureInput, Pixels
 from slimgraph.training.samples import Samples, picture_samples
 
 
