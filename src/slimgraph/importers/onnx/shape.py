@@ -183,9 +183,7 @@ def _slice_known(
 ) -> Any:
     item: list[Any] = [slice(None)] * x.array.ndim
     for axis, begin, end, step in _slices(call, x.array.ndim, starts, ends, axes, steps):
-        if isinstance(begin, SYMBOLS) or isinstance(
-            end, SYMBOLS
-        ):  # as much of a table as there is input
+        if isinstance(begin, SYMBOLS) or isinstance(end, SYMBOLS):  # as much of a table as there is input
             return NotImplemented
         item[axis] = slice(begin, end, step)
     return Host(x.array[tuple(item)], x.dtype)
