@@ -302,7 +302,7 @@ def test_a_batch_that_is_freed_is_told(tmp_path):
 def test_a_batch_that_stays_fixed_is_told_with_the_reason(tmp_path):
     program = imported(tmp_path, [make_node("Softmax", ["x"], ["y"], axis=0)], {"x": [1, 4]}, {"y": FLOAT})
     (notice,) = axis_notices(program.history)
-    assert notice.startswith("The number of samples stays as the file fixes it. The operator Softmax")
+    assert notice.startswith("The size of the batch is fixed: The operator Softmax")
 
 
 def test_sizes_that_are_asked_for_are_no_news(tmp_path):

@@ -29,6 +29,7 @@ def convert(
     look([model], given)
     from slimgraph.cli.models import open_program
     from slimgraph.formats import convert as convert_program
+    from slimgraph.importers.axis_notices import axis_notices
     from slimgraph.progress import ProgressBar
 
     with ProgressBar() as progress:
@@ -36,8 +37,8 @@ def convert(
         program = open_program(model, given)
         progress(f"Writing {out}")
         convert_program(program, out, precision=precision)
-    size = out.stat().st_size
+    size, notices = out.stat().st_size, list(axis_notices(program.history))
     return Answer(
-        data={"model": model, "written": out, "precision": precision, "size_bytes": size},
-        shown=(f"{model} is written as {out}, {size:,} bytes.",),
+        data={"model": model, "written": out, "precision": precision, "size_bytes": size, "notices": notices},
+        shown=(f"{model} is written as {out}, {size:,} bytes.", *(f"Notice: {notice}" for notice in notices)),
     )

@@ -60,6 +60,7 @@ def _coverage(model: str) -> Answer:
 
 
 def _of_program(name: str, program: "Program") -> Answer:
+    from slimgraph.importers.axis_notices import axis_notices
     from slimgraph.program.count import count
     from slimgraph.program.names import operator_name
 
@@ -79,6 +80,7 @@ def _of_program(name: str, program: "Program") -> Answer:
         if tail is not None
         else []
     )
+    notices = list(axis_notices(program.history))
     uncounted = f"Not counted, for want of a rule: {', '.join(counted.uncounted)}." if counted.uncounted else ""
     return Answer(
         data={
@@ -94,6 +96,7 @@ def _of_program(name: str, program: "Program") -> Answer:
             "uncounted": counted.uncounted,
             "operators": dict(operators.most_common()),
             **({"tail": {"operators": tail.operators(), "outputs": tail.outputs}} if tail is not None else {}),
+            "notices": notices,
             "history": program.history,
         },
         shown=(
@@ -104,6 +107,7 @@ def _of_program(name: str, program: "Program") -> Answer:
             *([uncounted] if uncounted else []),
             _operators(operators),
             *behind,
+            *(f"Notice: {notice}" for notice in notices),
             *(["History:", *steps] if steps else ["No history."]),
         ),
     )

@@ -1,5 +1,6 @@
 """Say which axes of an imported model have another freedom than its file gives them."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from slimgraph.importers.free_axes import Attempt, Input
@@ -27,7 +28,7 @@ def axes_told(
         if isinstance(has, int):
             key = _BATCH if name == attempt.counts else _REST
             told[key] = reasons.get(key) or " ".join(reasons.values())
-            if not isinstance(said, int):
+            if key == _REST:
                 fixed[place] = has
         elif isinstance(said, int):
             freed.append(place)
@@ -37,16 +38,21 @@ def axes_told(
 
 
 def axis_notices(history: Sequence[HistoryEntry]) -> Iterator[str]:
-    """A sentence for each axis whose size is fixed though the file leaves it open, or free though the file fixes it."""
+    """What a user should know of the axes: which have a fixed size though the model leaves them open, which are free
+    though its file fixes them, and why."""
     for entry in history:
         told = entry.parameters
+        if reason := told.get(_BATCH):
+            yield f"The size of the batch is fixed: {reason}"
+        places: defaultdict[int, list[str]] = defaultdict(list)
         fixed, freed = told.get("fixed_axes"), told.get("freed_axes")
-        batch, rest = (str(told.get(key, "")) for key in (_BATCH, _REST))
-        fixed = fixed if isinstance(fixed, dict) else {}
-        for place, size in fixed.items():
-            reason = batch if (place.startswith("axis 0 ") and batch) or not rest else rest
-            yield f"The file leaves {place} open, and the program has the size {size} there. {reason}".rstrip()
-        if batch and not fixed:
-            yield f"The number of samples stays as the file fixes it. {batch}"
-        if isinstance(freed, list) and freed:
+        for place, size in fixed.items() if isinstance(fixed, Mapping) else ():
+            if isinstance(size, int):
+                places[size].append(place)
+        for size, those in places.items():
+            yield (
+                f"The file leaves {' and '.join(those)} open, and the program has the size {size} there "
+                f"(--input gives another): {told.get(_REST, '')}"
+            )
+        if isinstance(freed, (list, tuple)) and freed:
             yield f"The file fixes {' and '.join(map(str, freed))}, and the program takes any number of samples there."
