@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.deploy.latency import LatencyComparison
+from slimgraph.importers.axis_notices import axis_notices
 from slimgraph.program.count import Count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.program.tail import Tail
@@ -35,11 +36,10 @@ def target_notices(asked: str, target: str) -> Iterator[Notice]:
 
 
 def capture_notices(history: tuple[HistoryEntry, ...]) -> Iterator[Notice]:
-    """What the capture of the model could not keep."""
+    """What the capture or import of the model could not keep."""
+    for text in axis_notices(history):
+        yield Notice(level="notice", text=text)
     for entry in history:
-        reason = entry.parameters.get("batch_is_fixed_because")
-        if reason:
-            yield Notice(level="notice", text=f"The size of the batch is fixed: {reason}")
         lost = entry.parameters.get("lost_in_training")
         if isinstance(lost, list) and lost:
             yield Notice(level="notice", text=f"Of its training behaviour the model lost {_listed(lost)}.")
