@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import onnx
-from cli_runs import run
 from onnx.helper import make_node, make_tensor_value_info
+
+from cli_runs import run
 
 FLOAT = onnx.TensorProto.FLOAT
 
