@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from slimgraph.deploy import targets
-from slimgraph.errors import UnknownNameError
+from slimgraph.errors import ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.documented import (
     DOCUMENTED_OPERATORS,
@@ -16,6 +16,7 @@ from slimgraph.quantization.documented import (
     layers_not_quantized,
     operators_named,
 )
+from slimgraph.quantization.documented_plan import plan_as_documented
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 
@@ -101,3 +102,55 @@ def test_every_name_stands_for_kinds_that_targets_know():
     assert set(KINDS) == ours
     assert {kind for found in DOCUMENTED_OPERATORS.values() for kind in found.kinds} <= ours
     assert operators_named(["leaky_relu"])[0].kinds == frozenset()
+
+
+# The documents' options
+
+
+def test_the_defaults_quantize_layers_with_weights_and_no_sums(mixed):
+    plan = plan_as_documented(mixed)
+    assert layers(plan) == ["dense", "depthwise", "second", "head"]
+    assert not any(a.value.startswith("add") for a in plan.activations if a.everywhere)
+    assert all(w.scheme.axis is not None for w in plan.weights)
+
+
+@pytest.mark.parametrize("kind", ["abs_max", "moving_average_abs_max", "range_abs_max"])
+def test_other_weight_types_have_one_scale(mixed, kind):
+    assert all(w.scheme.axis is None for w in plan_as_documented(mixed, weight_quantize_type=kind).weights)
+
+
+def test_full_quantization_takes_whatever_the_target_computes(mixed):
+    full = plan_as_documented(mixed, is_full_quantize=True, quantize_op_types=["mul"])
+    assert full == plan_quantization(mixed, weight_bits=8, activation_bits=8)
+
+
+def test_tensorrt_brings_its_own_operators_and_grids(mixed):
+    plan = plan_as_documented(mixed, for_tensorrt=True, quantize_op_types=["conv2d"])
+    assert plan.target == "tensorrt"
+    assert layers(plan) == ["dense", "depthwise", "second", "head"]
+    assert all(a.scheme.symmetric for a in plan.activations)
+
+
+def test_patterns_keep_layers_in_float(mixed):
+    assert layers(plan_as_documented(mixed, not_quant_pattern=["dep", "skip_quant"])) == ["dense", "second", "head"]
+
+
+def test_activations_by_abs_max_take_their_range_at_inference(mixed):
+    plan = plan_as_documented(mixed, target="simulate", activation_quantize_type="abs_max")
+    assert plan.activations
+    assert all(a.dynamic for a in plan.activations)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("weight_quantize_type", "channel_abs_max", "channel_wise_abs_max"),
+        ("activation_quantize_type", "moving_average", "moving_average_abs_max"),
+        ("onnx_format", "yes", "True or False"),
+        ("weight_bits", 1, "bits is 1"),
+        ("activation_bits", 17, "bits is 17"),
+    ],
+)
+def test_values_that_the_documents_do_not_know_are_refused(mixed, option, value, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_as_documented(mixed, **{option: value})
