@@ -14,7 +14,7 @@ from slimgraph.deploy.latency import measure_latency
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare

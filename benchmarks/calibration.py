@@ -17,7 +17,7 @@ def _one_pass() -> list[list[str]]:
     import torch
     from parts.networks import MOBILENET_V1, MOBILENET_V2, RESNET56
 
-    from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+    from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.quantize import prepare
     from slimgraph.quantization.ranges import RANGE_ALGORITHMS
@@ -72,7 +72,7 @@ def _encoder(algorithm: str) -> None:
     from transformers import BertConfig, BertModel
 
     from slimgraph.program.capture import capture
-    from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+    from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.quantize import prepare
 

@@ -52,7 +52,7 @@ def _observing() -> str:
     import torch
     from parts.networks import MOBILENET_V1
 
-    from slimgraph.quantization.calibrate import collect_statistics, values_to_observe
+    from slimgraph.quantization.calibration import collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.quantize import prepare
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import slimgraph
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 

@@ -16,11 +16,11 @@ from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
 from slimgraph.program.names import value_of
 from slimgraph.program.value_range import FOLLOWING
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
-from slimgraph.quantization.freeze import freeze
-from slimgraph.quantization.insert import insert
+from slimgraph.quantization.freezing import freeze
+from slimgraph.quantization.insertion import insert
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.quantize import prepare, quantize

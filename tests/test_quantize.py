@@ -24,7 +24,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.count import count
 from slimgraph.program.scheme import IntScheme
 from slimgraph.quantization.apply import apply_quantization, weight_scale
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias, correct_weight
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json

@@ -13,7 +13,7 @@ from slimgraph.errors import CalibrationError, ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.apply import apply_quantization, weight_scale
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest, on_grid
 from slimgraph.quantization.lockstep import Schedule, batches_of
 from slimgraph.quantization.placement import plan_quantization

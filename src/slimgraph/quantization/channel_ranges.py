@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError
 from slimgraph.program.program import Program
-from slimgraph.quantization.calibrate import observe
+from slimgraph.quantization.calibration import observe
 from slimgraph.quantization.channel_links import ChannelLink, Place
 
 

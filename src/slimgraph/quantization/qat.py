@@ -17,7 +17,7 @@ from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
 from slimgraph.quantization.fake_quantizers import ActivationRange, Pact, WeightRange
-from slimgraph.quantization.insert import insert, require_values
+from slimgraph.quantization.insertion import insert, require_values
 from slimgraph.quantization.plan import QuantizationPlan
 
 

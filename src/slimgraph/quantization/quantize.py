@@ -17,7 +17,7 @@ from slimgraph.program.qdq import is_quantized
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibrate import choose_ranges, collect_statistics, values_to_observe
+from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan

@@ -12,7 +12,7 @@ from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import set_bias
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.quantization.apply import ROOM_FOR_BIAS, room_for_bias, weight_scale
-from slimgraph.quantization.insert import require_values
+from slimgraph.quantization.insertion import require_values
 from slimgraph.quantization.learn_region import LearnedRegion, Recipe, RegionLayer, learn_region
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest
 from slimgraph.quantization.lockstep import Lockstep, Schedule, batches_of

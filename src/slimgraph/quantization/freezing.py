@@ -16,7 +16,7 @@ from slimgraph.program.program import HistoryEntry, Program, require_program
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.value_range import FOLLOWING
 from slimgraph.quantization.fake_quantizers import FAKE, evaluated
-from slimgraph.quantization.insert import STEP
+from slimgraph.quantization.insertion import STEP
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer, plan_from_json
 
 aten = torch.ops.aten
