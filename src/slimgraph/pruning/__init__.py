@@ -1,0 +1,1 @@
+"""Pruning: from a program to one with fewer channels, heads, neurons or weights."""
