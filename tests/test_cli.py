@@ -24,7 +24,7 @@ from slimgraph.cli.given import ModelOptions
 from slimgraph.cli.main import app
 from slimgraph.cli.models import open_model, parse_inputs
 from slimgraph.deploy.targets import TARGETS
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, ModelImportError
 from slimgraph.formats import load
 from slimgraph.program.capture import capture
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
@@ -520,3 +520,18 @@ def test_the_parameters_of_a_paddle_model_can_have_any_name_and_so_can_the_model
     model.rename(tmp_path / "p" / "network")
     named = answer("inspect", "p/network", "--params", "weights")
     assert {**named, "model": "p"} == expected
+
+
+def test_messages_about_arguments_of_functions_name_the_options(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ModelImportError("It has to be fixed (argument `input_shapes`), or `input_shapes` of load.")
+
+    monkeypatch.setattr("slimgraph.importers.onnx.importer.import_onnx", refuse)
+    message = run("convert", model_file("net.onnx"), "out.onnx").stderr.splitlines()[-1]
+    assert message == "Error: It has to be fixed (option --input), or --input of load."
+
+
+def test_equal_outputs_are_called_equal(tmp_path):
+    data = write_npz("data.npz", image=images(4))
+    assert "equal" in run("verify", model_file("net.onnx"), model_file("net.onnx"), "--data", data).stdout
+    assert "inf" not in run("verify", model_file("net.onnx"), model_file("net.onnx"), "--data", data).stdout

@@ -5,6 +5,7 @@ import pytest
 
 from cli_runs import answer, run
 from detectors import DETECTORS, with_gathered_boxes, with_loop, with_mask
+from paddle_models import linear_program, linear_tensors, write
 from slimgraph.errors import ModelImportError
 from slimgraph.importers.coverage import coverage
 from slimgraph.importers.onnx.importer import import_onnx
@@ -144,3 +145,36 @@ def test_versions_that_are_not_read_are_refused_as_by_importing(tmp_path):
     for read in (coverage, import_onnx):
         with pytest.raises(ModelImportError, match=r"version 6 of ONNX's operators.*version_converter"):
             read(path)
+
+
+def test_the_graph_alone_tells_it_without_the_weights_in_other_files(tmp_path):
+    nodes = [onnx.helper.make_node("MatMul", ["scores", "w"], ["a"])]
+    path = written(nodes, tmp_path)
+    model = onnx.load(path)
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4, 4], data_location="EXTERNAL")
+    weight.external_data.add(key="location", value="missing.bin")
+    model.graph.initializer.append(weight)
+    path.write_bytes(model.SerializeToString())
+    (row,) = coverage(path)
+    assert (row.operator, row.support) == ("MatMul", "program")
+    with pytest.raises(ModelImportError, match=r"missing\.bin.*cannot be read"):
+        import_onnx(path)
+
+
+def test_the_program_of_a_paddle_model_tells_it_without_the_parameters_and_the_version_as_people_write_it(tmp_path):
+    write(tmp_path / "p", linear_program(), linear_tensors())
+    expected = coverage(tmp_path / "p")
+    assert {row.version for row in expected} == {"2.6.2"}
+    (parameters,) = (tmp_path / "p").glob("*.pdiparams")
+    parameters.unlink()
+    assert coverage(tmp_path / "p") == expected
+
+
+@pytest.mark.parametrize("content", [b"some text", b"\x08", b"\x08\x07\x12\x01"])
+def test_what_is_no_onnx_model_is_called_so_by_every_command(content, tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    said = f"Error: {path} cannot be read: it is no ONNX model, or cut off or damaged. Copy or export it again."
+    for command in (["inspect"], ["inspect", "--coverage"], ["convert"]):
+        given = [*command, path, *([tmp_path / "out.onnx"] if command == ["convert"] else [])]
+        assert said in refusal(*given).splitlines()

@@ -76,3 +76,15 @@ def test_a_row_that_a_table_does_not_have_is_an_error_of_the_node_that_reads_it(
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelImportError, match=r"Gather of version 17 at 'embed' fails: index out of range"):
         import_onnx(path)
+
+
+def test_what_pytorch_says_of_its_own_source_is_left_out():
+    """It adds where in which file it gave up, below a first paragraph that says why."""
+
+    def run(call, x):
+        return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(ModelImportError, match="data-dependent") as caught:
+        traced(run)
+    assert ".py" not in str(caught.value)
+    assert "Caused by" not in str(caught.value)

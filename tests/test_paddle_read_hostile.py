@@ -429,4 +429,4 @@ def test_damaged_real_models_give_a_model_or_our_error(tmp_path, name):
     for damaged in mutations(target.read_bytes(), 300, seed=2):
         target.write_bytes(damaged)
         message = refusal(tmp_path / ("model.json" if "json" in name else "model.pdmodel"))
-        assert message is None or message.startswith("Cannot import")
+        assert message is None or " cannot be read" in message

@@ -208,8 +208,8 @@ def _zip(path):
     (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     (lambda path: path.write_text("<!DOCTYPE html>"), "HTML"),
     (lambda path: path.write_bytes(b"\x18\x00\x00\x00ORTM" + b"\0" * 40), r"\.ort"),
-    (lambda path: path.write_bytes(b"not a model at all"), "not an ONNX model"),
-    (lambda path: path.write_bytes(float_conv()[:-100]), "only a part"),
+    (lambda path: path.write_bytes(b"not a model at all"), "no ONNX model"),
+    (lambda path: path.write_bytes(float_conv()[:-100]), "cut off"),
 ])  # fmt: skip
 def test_what_is_not_an_onnx_file_is_refused_with_what_it_is(tmp_path, write, message):
     path = tmp_path / "model.onnx"

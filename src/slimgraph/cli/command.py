@@ -28,6 +28,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.", show_default=False)]
 
 
+_OPTIONS = {
+    "(argument `input_shapes`)": "(option --input)",
+    "--input NAME=SHAPE on the command line, `input_shapes` of load, or": "--input NAME=SHAPE, or",
+    "`input_shapes`": "--input",
+    "--params on the command line, params_filename of slimgraph.load": "--params",
+    " (model_filename and params_filename of slimgraph.load)": "",
+}
+"""What messages call arguments of functions, and what options are called; the first that fits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a command found out."""
@@ -81,7 +91,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
         except Exception as error:  # the user's own code may raise anything, and nobody should have to read a traceback
             if debug:
                 traceback.print_exception(error)
-            report_error(str(error) if isinstance(error, SlimgraphError) else _unexpected(error))
+            report_error(_in_options(str(error)) if isinstance(error, SlimgraphError) else _unexpected(error))
             raise typer.Exit(WRONG_INPUT) from error
         _print(answer, stdout, as_json=as_json)
         raise typer.Exit(answer.exit_code)
@@ -135,6 +145,13 @@ def table(*columns: str, numbers: Collection[str] = ()) -> Table:
 def report_error(message: str) -> None:
     """Write an error to stderr as one paragraph."""
     print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _in_options(message: str) -> str:
+    """A message about a function's argument in the words of the command line."""
+    for said, option in _OPTIONS.items():
+        message = message.replace(said, option)
+    return message
 
 
 def _unexpected(error: Exception) -> str:

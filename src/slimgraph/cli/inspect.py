@@ -162,5 +162,5 @@ def _short(values: "Mapping[str, Json]") -> str:
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in values.items()
-        if isinstance(value, (bool, int, float, str))
+        if isinstance(value, (bool, int, float, str)) and value != ""
     )

@@ -1,5 +1,6 @@
 """`slimgraph verify`: do two models give the same answers, and how closely."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,5 +78,5 @@ def _table(found: "Agreement") -> Table:
     outputs = table("output", *measured, numbers=measured)
     for output in found.outputs:
         numbers = (f"{value:.3g}" for value in (output.mean_abs, output.max_abs, output.reference_max_abs))
-        outputs.add_row(output.name, *numbers, f"{output.snr_db:.1f} dB")
+        outputs.add_row(output.name, *numbers, "equal" if output.snr_db == math.inf else f"{output.snr_db:.1f} dB")
     return outputs

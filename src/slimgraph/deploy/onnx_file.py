@@ -12,6 +12,8 @@ from slimgraph.errors import ModelLoadError
 Source = str | os.PathLike[str] | bytes
 """A file's path, or its content."""
 
+_NOT_WHOLE = "cannot be read: it is no ONNX model, or cut off or damaged. Copy or export it again."
+
 # What people pass by mistake, by first bytes. Longer prefixes first.
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as `torch.save`, `.pt2` and `.npz` files are. Convert it to ONNX first"),
@@ -153,7 +155,7 @@ def read_onnx(source: Source) -> onnx.ModelProto:
     """
     name, content = source_name(source), _content(source)
     if not content:
-        raise ModelLoadError(f"{name} is empty. Give an .onnx file.")
+        raise ModelLoadError(f"{name} cannot be read: the file is empty. Copy or export it again.")
     for prefix, meaning in _FOREIGN:
         if content.startswith(prefix):
             raise ModelLoadError(f"{name} is not an ONNX model: it is {meaning}.")
@@ -164,8 +166,8 @@ def read_onnx(source: Source) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
-        raise ModelLoadError(f"{name} is not an ONNX model, or only a part of one. Give a whole .onnx file.") from error
+        raise ModelLoadError(f"{name} {_NOT_WHOLE}") from error
     if not model.ir_version or not model.HasField("graph") or not model.opset_import:
-        raise ModelLoadError(f"{name} is not an ONNX model, or only a part of one. Give a whole .onnx file.")
+        raise ModelLoadError(f"{name} {_NOT_WHOLE}")
     _check_external_data(model, source)
     return model

@@ -26,7 +26,7 @@ def examples(inputs: Sequence[Input], shapes: Sequence[Sequence[int]]) -> tuple[
     for spec, shape in zip(inputs, shapes, strict=True):
         if len(shape) > MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) > MOST_ELEMENTS:
             raise ModelImportError(
-                f"The input {spec.name!r} has the shape {list(spec.shape)[:MOST_AXES]}, which no tensor here can have: "
+                f"The input {spec.name!r} has the shape {list(shape)[:MOST_AXES]}, which no tensor here can have: "
                 f"at most {MOST_AXES} axes and {MOST_ELEMENTS} elements."
             )
     return tuple(example(spec, shape, 0) for spec, shape in zip(inputs, shapes, strict=True))

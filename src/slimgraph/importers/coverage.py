@@ -19,8 +19,8 @@ class Coverage:
 
     operator: str
     """In the file's words, with its domain where that is not the standard one: "com.microsoft.Gelu"."""
-    version: int
-    """Of the operator set, or of the format of a Paddle file."""
+    version: int | str
+    """Of the operator set; of the Paddle that wrote the file, as "2.6.2", or of the format of its JSON."""
     count: int
     support: str
     """"program"; "post-processing", which is kept as ONNX behind it; "not supported"."""
@@ -30,6 +30,8 @@ class Coverage:
 
 def coverage(path: str | os.PathLike[str]) -> tuple[Coverage, ...]:
     """The kinds of operators in an ONNX or Paddle model, what is not supported first, then the most frequent.
+
+    It is read from the graph alone: data in other files need not be there.
 
     What nothing needs is not counted, nor is a branch that never runs. That an operator is supported does not promise
     that every use of it is: attributes and shapes are seen by importing.
@@ -47,7 +49,7 @@ def _of_onnx(path: str | os.PathLike[str]) -> Iterator[Coverage]:
     from slimgraph.importers.onnx.read import read_model
     from slimgraph.importers.onnx.table import require_version
 
-    model = read_model(path)
+    model = read_model(path, weights=False)
     require_version(model)
     model = without_branches(model)
     kinds: Counter[tuple[str, str, str]] = Counter()
@@ -98,7 +100,7 @@ def _of_paddle(path: str | os.PathLike[str]) -> Iterator[Coverage]:
     from slimgraph.importers.paddle.operators import coverage as of_model
     from slimgraph.importers.paddle.read import read_model
 
-    model = read_model(path)
+    model = read_model(path, weights=False)
     for operator, count, known in of_model(model):
         support = TAIL if operator in SUPPRESSING else PROGRAM if known else NOT
-        yield Coverage(operator=operator, version=model.version, count=count, support=support)
+        yield Coverage(operator=operator, version=model.version_text, count=count, support=support)

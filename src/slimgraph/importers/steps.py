@@ -245,8 +245,8 @@ FAILURES = (
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, on one line and not endless."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, on one line and not endless: PyTorch's go on about where in its source they arose."""
+    return " ".join(str(error).strip().split("\n\n")[0].split())[:300] or type(error).__name__
 
 
 def _failed(step: Step, error: BaseException) -> ModelImportError:

@@ -50,6 +50,6 @@ def reexport(program: Program) -> torch.export.ExportedProgram:
 
 def _reason(error: Exception) -> str:
     """What torch.export says, as one sentence, without its advice on how to debug torch.export."""
-    without_advice = re.sub(r"[^.!\n]*TORCH_LOGS\S*", "", str(error))
+    without_advice = re.sub(r"[^.!\n]*TORCH_LOGS\S*", "", str(error).strip().split("\n\n")[0])
     text = " ".join(without_advice.split())[:_LONGEST_REASON].rstrip()
     return text if text.endswith((".", "!")) else f"{text}."

@@ -19,6 +19,8 @@ from slimgraph.importers.onnx.wire import without_weights
 
 _HIGHEST_VERSION = 999  # of an operator set; the standard one is at 28 after nine years
 
+_NOT_WHOLE = "it is no ONNX model, or cut off or damaged. Copy or export it again."
+
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip archive, as PyTorch writes them. Give the ONNX file, or load a .pt2 file as such"),
     (b"\x80\x02", "a pickle, which is not read, since it could run code. Export the model to ONNX"),
@@ -30,21 +32,25 @@ _OTHER_FORMATS = (
 )
 
 
-def read_model(path: str | os.PathLike[str]) -> Model:
+def read_model(path: str | os.PathLike[str], *, weights: bool = True) -> Model:
     """The model in an ONNX file; external data are looked for in the file's folder.
 
     The file is untrusted: names are made safe, sizes are checked before memory is taken, and no file outside the folder
     is read. Weights are read straight into the tensors, so that they are in memory once.
 
+    Args:
+        path: the file.
+        weights: False reads the graph alone: its larger tensors are zeros, which take no memory, and data in other
+            files need not be there.
     Raises:
         ModelImportError: the file is missing, damaged, no ONNX model, or contradicts itself.
     """
     file = Path(path)
     try:
         proto = _parsed(file)
-        return _model(proto, Files(file.parent, own=file), file.stat().st_size)
+        return _model(proto, Files(file.parent, own=file) if weights else None, file.stat().st_size)
     except ModelImportError as error:
-        raise ModelImportError(f"{os.fspath(path)} cannot be imported: {error}") from error
+        raise ModelImportError(f"{os.fspath(path)} cannot be read: {error}") from error
     except OSError as error:
         raise ModelImportError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
 
@@ -73,7 +79,7 @@ def _parsed(file: Path) -> ModelProto:
     if not file.is_file():
         raise ModelImportError("this is no file, but a device or a pipe.")
     if not file.stat().st_size:
-        raise ModelImportError("the file is empty.")
+        raise ModelImportError("the file is empty. Copy or export it again.")
     with (
         open(file, "rb") as opened,
         mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -84,7 +90,7 @@ def _parsed(file: Path) -> ModelProto:
     try:
         return onnx.load_model_from_string(slim)
     except DecodeError as error:
-        raise ModelImportError(f"it is no ONNX model, or cut off or damaged ({safe(str(error))}).") from error
+        raise ModelImportError(_NOT_WHOLE) from error
 
 
 def _require_onnx(head: bytes) -> None:
@@ -95,10 +101,10 @@ def _require_onnx(head: bytes) -> None:
         raise ModelImportError("this is in ONNX Runtime's own format. Give the .onnx file that it was made from.")
 
 
-def _model(proto: ModelProto, files: Files, size: int) -> Model:
-    """The model in a proto, whose functions are put in place."""
+def _model(proto: ModelProto, files: Files | None, size: int) -> Model:
+    """The model in a proto, whose functions are put in place; without files, what is in them is zero."""
     if not proto.HasField("graph"):
-        raise ModelImportError("there is no graph in it. Is it an ONNX model?")
+        raise ModelImportError(_NOT_WHOLE)
     if not 1 <= proto.ir_version <= onnx.IR_VERSION:
         raise ModelImportError(
             f"it is in version {proto.ir_version} of the ONNX format, and onnx {onnx.__version__} knows 1 to "

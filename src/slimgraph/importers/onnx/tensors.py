@@ -113,11 +113,11 @@ class TensorReader:
     """Makes tensors, and sees that they need no more memory than the model's files account for.
 
     Args:
-        files: where external data is.
+        files: where external data is; without, all of it is zero.
         size: bytes that the model itself has.
     """
 
-    def __init__(self, files: Files, size: int) -> None:
+    def __init__(self, files: Files | None, size: int) -> None:
         self._files, self._size, self._used = files, size, 0
 
     def dense(self, proto: TensorProto, name: str) -> torch.Tensor:
@@ -129,6 +129,8 @@ class TensorReader:
         what = f"tensor {shown(name)}"
         kind, shape = element(proto.data_type, what), checked_shape(proto.dims, what)
         count = math.prod(shape)
+        if self._is_left_out(proto):
+            return torch.zeros((), dtype=kind.dtype).expand(shape)
         content = self._content(proto, kind, (count * kind.bits + 7) // 8, name)
         if kind.bits < 8:
             self._account(count, what)
@@ -150,6 +152,7 @@ class TensorReader:
             where = {text(entry.key): text(entry.value) for entry in proto.external_data}
             if len(where) < len(proto.external_data):
                 raise ModelImportError(f"{what} says twice where its external data is.")
+            assert self._files is not None
             path, offset = self._files.locate(where, size, name)
             self._account(size, what)
             return read_bytes(path, offset, size)
@@ -177,6 +180,8 @@ class TensorReader:
         """
         what = f"sparse tensor {shown(name)}"
         shape = checked_shape(proto.dims, what)
+        if self._is_left_out(proto.values) or self._is_left_out(proto.indices):
+            return torch.zeros((), dtype=element(proto.values.data_type, what).dtype).expand(shape)
         values, indices = self.dense(proto.values, name), self.dense(proto.indices, name)
         if values.dim() != 1 or indices.dtype != torch.int64 or indices.shape[:1] != values.shape or indices.dim() > 2:
             raise ModelImportError(
@@ -199,9 +204,12 @@ class TensorReader:
         dense[indices] = values.view(bits)
         return dense.view(values.dtype).reshape(shape)
 
+    def _is_left_out(self, proto: TensorProto) -> bool:
+        return self._files is None and proto.data_location == TensorProto.EXTERNAL
+
     def _account(self, size: int, what: str) -> None:
         self._used += size
-        present = self._size + self._files.total_size
+        present = self._size + (0 if self._files is None else self._files.total_size)
         if self._used > _FREE_BYTES + _MOST_GROWTH * present:
             raise ModelImportError(
                 f"with {what}, the tensors of this model need {self._used:,} bytes, but its files have {present:,}. "

@@ -106,6 +106,13 @@ class PaddleModel:
     unused: tuple[str, ...] = ()
     """Names of the operators and parameters that were left out."""
 
+    @property
+    def version_text(self) -> str:
+        """The version as people write it: "2.6.2" for 2006002."""
+        if self.generation == "pir":
+            return str(self.version)
+        return f"{self.version // 1_000_000}.{self.version // 1_000 % 1_000}.{self.version % 1_000}"
+
 
 class Names:
     """Gives what a file names a name that is safe in generated code, and different from all given before."""

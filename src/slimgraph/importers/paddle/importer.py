@@ -52,7 +52,7 @@ def program_of(model: PaddleModel, *, input_shapes: InputShapes) -> Program:
     names = [value.name for value in model.inputs]
     outputs: Sequence[str] = [value.name for value in model.outputs]
     steps: Sequence[Step] = steps_of(model)
-    told: dict[str, Json] = {"generation": model.generation, "version": model.version}
+    told: dict[str, Json] = {"generation": model.generation, "version": model.version_text}
     parts = split(steps, model.tensors, names, outputs)
     if parts is not None:
         steps, outputs = parts.head, parts.head_outputs

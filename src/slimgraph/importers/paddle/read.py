@@ -51,11 +51,12 @@ def _find_model(folder: Path, model_filename: str | None) -> Path:
     if not found:
         raise ModelImportError(
             f"No Paddle model (*.pdmodel, *.json of Paddle 3, or {_OLD_MODEL}) is in {folder}: {_listing(folder)}. "
-            "Give a folder with one; where its file has another name, say it to slimgraph.load as model_filename."
+            "Give a folder with one; or where its files have other names, the path of the model's file and, with "
+            "--params, that of the parameters (model_filename and params_filename of slimgraph.load)."
         )
     raise ModelImportError(
         f"{folder} has several Paddle models: {', '.join(path.name for path in found[:10])}. Say which: give the "
-        "path of its file, or model_filename to slimgraph.load."
+        "path of its file."
     )
 
 
@@ -73,8 +74,8 @@ def _find_parameters(folder: Path, model: Path, params_filename: str | None) -> 
     if len(found) > 1:
         raise ModelImportError(
             f"{folder} has several parameter files, none named like the model {model.name}: "
-            f"{', '.join(path.name for path in found[:10])}. Say which to "
-            "slimgraph.load, as params_filename, or give it the name of the model."
+            f"{', '.join(path.name for path in found[:10])}. Say which: "
+            "--params on the command line, params_filename of slimgraph.load."
         )
     return found[0] if found else None
 
@@ -91,7 +92,11 @@ def _parse(path: Path) -> PaddleModel:
 
 
 def read_model(
-    path: str | os.PathLike[str], *, model_filename: str | None = None, params_filename: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    model_filename: str | None = None,
+    params_filename: str | None = None,
+    weights: bool = True,
 ) -> PaddleModel:
     """The Paddle inference model at `path`, checked, with its tensors, without what no output needs.
 
@@ -101,6 +106,7 @@ def read_model(
         model_filename: name of the model's file in the folder, where it has several or another.
         params_filename: name of the parameters' file in the folder. Otherwise it is the `.pdiparams` with the name of
             the model, `__params__`, the only `.pdiparams`, or one file for each parameter.
+        weights: False reads the program alone, whose parameters need not be there.
 
     Raises:
         ModelImportError: a file is missing, ambiguous, unreadable, damaged, or of an unknown version; or the program
@@ -119,17 +125,19 @@ def read_model(
         else:
             raise ModelImportError(f"There is no file or folder {given}.")
         model_path = _find_model(folder, model_filename)
-        params_path = _find_parameters(folder, model_path, params_filename)
+        params_path = _find_parameters(folder, model_path, params_filename) if weights else None
         try:
             model = _parse(model_path)
         except ModelImportError as error:
-            raise ModelImportError(f"Cannot import {model_path}: {error}") from error
+            raise ModelImportError(f"{model_path} cannot be read: {error}") from error
+        if not weights:
+            return without_unused(model)
         source = params_path or folder
         try:
             read = read_parameters if params_path else read_parameter_files
             tensors = read(source, model.parameters)
         except ModelImportError as error:
-            raise ModelImportError(f"Cannot import {model_path} with the parameters in {source}: {error}") from error
+            raise ModelImportError(f"{model_path} cannot be read with the parameters in {source}: {error}") from error
     except OSError as error:
         raise ModelImportError(f"Cannot read {error.filename or given}: {error.strerror or error}.") from error
     return without_unused(replace(model, tensors=MappingProxyType(tensors)))
