@@ -458,16 +458,22 @@ def test_targets_are_listed_with_the_names_of_the_documents():
 # --- interruption ---
 
 
-def test_ctrl_c_ends_with_130_and_without_a_traceback(module, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "Terminated."), (signal.SIGHUP, 129, "Terminated.")],
+)
+def test_a_signal_ends_a_process_without_a_traceback_and_leaves_nothing(module, tmp_path, number, code, said):
+    """As Ctrl-C, `timeout` and `docker stop` send them."""
     module(
         "endless",
         """
-        import sys, time, torch
+        import pathlib, sys, time, torch
 
         def batches():
             while True:
                 yield torch.ones(1, 1, 8, 8)
-                print("reading", file=sys.stderr, flush=True)
+                if pathlib.Path("o").exists():
+                    print("reading", file=sys.stderr, flush=True)
                 time.sleep(0.1)
         """,
     )
@@ -475,10 +481,11 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(module, tmp_path):
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while "reading" not in process.stderr.readline():
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        assert list((tmp_path / "o").iterdir()) != []
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
-    assert "Interrupted." in stderr
+    assert (process.returncode, stdout) == (code, "")
+    assert said in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "o").exists()
 

@@ -2,11 +2,13 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from slimgraph.errors import OutputError
-from slimgraph.files import output_directory, replacing, write_text
+from slimgraph.files import output_directory, replacing, scratch_directory, write_text
 
 
 def names(folder):
@@ -53,3 +55,40 @@ def test_a_place_that_cannot_be_written_is_told_with_what_to_do(tmp_path):
     with pytest.raises(OutputError, match=r"Cannot write .*unchanged"):
         write_text(tmp_path / "folder", "text")
     assert sorted(names(tmp_path)) == ["a.txt", "folder"]
+
+
+# Folders of processes that were killed
+
+
+def test_a_scratch_folder_is_gone_with_its_block(tmp_path):
+    with pytest.raises(ZeroDivisionError), scratch_directory(tmp_path) as scratch:
+        (scratch / "a.txt").write_text(str(1 / 0))
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_and_what_a_living_one_has_is_not(tmp_path):
+    script = f"""
+import pathlib, sys
+from slimgraph.files import scratch_directory
+with scratch_directory(pathlib.Path({str(tmp_path)!r})) as scratch:
+    (scratch / "half.onnx").write_text("half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"written\n"
+        (of_other,) = names(tmp_path)
+        with scratch_directory(tmp_path):
+            assert of_other in names(tmp_path)
+        process.kill()
+    assert names(tmp_path) == [of_other]
+    with scratch_directory(tmp_path) as scratch:
+        assert names(tmp_path) == [scratch.parent.name]
+
+
+def test_a_folder_that_only_has_such_a_name_stays(tmp_path):
+    (tmp_path / ".slimgraph-mine").mkdir()
+    (tmp_path / ".slimgraph-mine" / "notes.txt").write_text("mine")
+    with scratch_directory(tmp_path):
+        pass
+    assert names(tmp_path) == [".slimgraph-mine"]

@@ -80,7 +80,7 @@ def test_a_missing_folder_is_refused_and_not_made(program, tmp_path):
 def test_an_onnx_file_that_is_found_wrong_never_gets_the_name(program, tmp_path, monkeypatch):
     (tmp_path / "net.onnx").write_text("older")
 
-    def disagree(*_):
+    def disagree(*_, **options):
         raise ExportError("They disagree.")
 
     monkeypatch.setattr("slimgraph.deploy.check_export.check_export", disagree)

@@ -102,7 +102,7 @@ def test_a_disk_too_full_for_a_folder_is_told(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("slimgraph.auto.staging.TemporaryDirectory", full)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
     with pytest.raises(OutputError, match="No space left"), staging(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []

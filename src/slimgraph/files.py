@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,6 +65,63 @@ def output_directory(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise OutputError(f"Cannot write into {folder}: {error.strerror}. Give a folder that is writable.") from error
     return folder
+
+
+_SCRATCH, _OWNER = ".slimgraph-", "owner"
+
+
+@contextmanager
+def scratch_directory(folder: Path) -> Iterator[Path]:
+    """A new folder within `folder`, gone with all that is in it when the block ends.
+
+    Those that processes left here which were killed are removed first. A living process holds a lock within its own, so
+    none of another one is touched, in whatever container it runs.
+
+    Raises:
+        OutputError: `folder` does not exist or cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            _remove_abandoned(folder)
+            outer = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder)))
+            unlocked = outer / f"{_OWNER}.new"
+            owner = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            stack.callback(os.close, owner)
+            if _lock(owner):
+                unlocked.rename(outer / _OWNER)  # it gets its name when it is locked: nobody finds it free
+            inner = outer / "files"
+            inner.mkdir()
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write into {folder}: {error.strerror}. Give a folder that exists and is writable."
+            ) from error
+        yield inner
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        try:
+            owner = os.open(scratch / _OWNER, os.O_RDWR)
+        except OSError:
+            continue  # being made, somebody else's, or gone
+        try:
+            if _lock(owner) and not scratch.is_symlink():
+                shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            os.close(owner)
+
+
+def _lock(opened: int) -> bool:
+    """Lock a file until it is closed or the process ends; False where another one has, or there are no such locks."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def move_together(source: Path, target: Path) -> None:

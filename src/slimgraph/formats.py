@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from slimgraph.errors import ConfigError, ExportError, ModelLoadError, OutputError
-from slimgraph.files import move_together
+from slimgraph.errors import ConfigError, ExportError, ModelLoadError
+from slimgraph.files import move_together, scratch_directory
 from slimgraph.importers.trace import InputShapes
 from slimgraph.program.archive import load_program, save_program
 from slimgraph.program.cast import cast
@@ -127,14 +127,8 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
     from slimgraph.deploy.onnx_tail import check_stitched
     from slimgraph.deploy.random_inputs import random_inputs
 
-    try:
-        aside = TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
-        ) from error
-    with aside as folder, TemporaryDirectory(dir=folder) as inner:
-        written = Path(folder) / target.name
+    with scratch_directory(target.parent) as folder, TemporaryDirectory(dir=folder) as inner:
+        written = folder / target.name
         head = written if program.tail is None else Path(inner) / target.name
         export_onnx(program, head, precision=precision, with_tail=False)
         # Samples that differ, or one that leaks into another could not be seen.
@@ -149,7 +143,7 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
             add_tail(program.tail, head, written)
             if not is_half:
                 check_stitched(written, head, program.tail, inputs)
-        move_together(Path(folder), target.parent)
+        move_together(folder, target.parent)
 
 
 def _is_half(program: Program) -> bool:

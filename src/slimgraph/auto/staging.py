@@ -4,10 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from slimgraph.errors import OutputError
-from slimgraph.files import move_together, output_directory
+from slimgraph.files import move_together, output_directory, scratch_directory
 
 
 @contextmanager
@@ -25,18 +23,10 @@ def staging(out: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(out)
     missing = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
-        with _aside(target) as aside:
-            yield Path(aside)
-            move_together(Path(aside), target)
+        with scratch_directory(output_directory(target)) as aside:
+            yield aside
+            move_together(aside, target)
     finally:
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _aside(target: Path) -> TemporaryDirectory[str]:
-    directory = output_directory(target)
-    try:
-        return TemporaryDirectory(prefix=".slimgraph-", dir=directory)
-    except OSError as error:
-        raise OutputError(f"Cannot write into {target}: {error.strerror}. Give a folder that is writable.") from error

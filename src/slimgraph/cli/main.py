@@ -1,5 +1,6 @@
 """The `slimgraph` command."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -79,5 +80,15 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, as a process that goes away cleanly when it is asked to."""
+    for each in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(each) is signal.SIG_DFL:  # under nohup it stays ignored
+            signal.signal(each, _terminated)
     app(prog_name="slimgraph")
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End by an exception, so that whatever was begun is cleared away: as it is, the process would just be gone."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough, and twice would disturb the clearing
+    print("Terminated.", file=sys.stderr)
+    sys.exit(128 + number)
