@@ -1,0 +1,134 @@
+"""What can be pruned: sets of indices that live and die together."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+import slimgraph.program.edit as edit
+from slimgraph.program.names import layer_of, value_of
+from slimgraph.program.program import Program
+from slimgraph.pruning.axes import Atom, atoms
+from slimgraph.pruning.rules_layers import NORM
+from slimgraph.pruning.trace import Traced, trace_axes
+from slimgraph.table import text_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An axis of a parameter that loses indices with its group."""
+
+    parameter: str
+    """Qualified name."""
+    axis: int
+    size: int
+    """Of the whole axis: the group may be a factor or a part of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Indices that are removed together from all members."""
+
+    name: str
+    """The parameter, and its axis, that produces them: "layer1.0.conv1.weight:0"."""
+    size: int
+    """Number of indices: channels, heads, or what else there is one of."""
+    members: tuple[Member, ...]
+    layers: tuple[str, ...]
+    """Layers that read one of the parameters."""
+    normed: bool
+    """A layer or group norm runs over the indices, so that removing some changes the statistics of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """All groups of a program, and why the rest of its parameters stays as it is."""
+
+    groups: tuple[Group, ...]
+    kept: Mapping[str, tuple[str, ...]]
+    """Layers with weights of which nothing can be pruned, and why."""
+    unknown: Mapping[str, str]
+    """Values of operators without a rule, and the operator."""
+    traced: Traced
+    atoms: Mapping[str, Atom]
+    """What each group is in the algebra."""
+
+    def __getitem__(self, name: str) -> Group:
+        return next(group for group in self.groups if group.name == name)
+
+    def table(self) -> str:
+        """A line for each group, and what stays."""
+        rows = [
+            (
+                group.name,
+                group.size,
+                len(group.members),
+                ", ".join(group.layers[:4]) + (" …" if len(group.layers) > 4 else ""),
+            )
+            for group in self.groups
+        ]
+        lines = [text_table(("group", "indices", "tensors", "layers"), rows)]
+        lines += [f"{layer} stays whole: {'; '.join(reasons)}." for layer, reasons in self.kept.items()]
+        lines += [f"{value}: there is no rule for {operator}." for value, operator in self.unknown.items()]
+        return "\n".join(lines)
+
+
+def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
+    """The groups of a program: channels, heads, hidden sizes, as far as nothing needs them whole.
+
+    Args:
+        norm_axes: also those that a layer or group norm runs over; its statistics then run over the kept ones, so that
+            the pruned program is not the masked one.
+    """
+    traced = trace_axes(program)
+    parameters = dict(program.named_parameters(remove_duplicate=False))
+    members: dict[Atom, list[Member]] = defaultdict(list)
+    readers: dict[Atom, dict[str, None]] = defaultdict(dict)
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    seen: set[tuple[int, int]] = set()
+    for node in program.graph.find_nodes(op="get_attr"):
+        tensor = edit.constant_of(program.graph_module, node)
+        if tensor is None or not tensor.is_floating_point() or node not in traced.axes:
+            continue
+        name = str(node.target)
+        owners = [layer_of(user) or value_of(user) for user in node.users]
+        trained = name in parameters or isinstance(tensor, nn.Parameter)
+        for axis, tree in enumerate(traced.of(node)):
+            for atom in dict.fromkeys(atoms(tree)):
+                hard = atom.pins - {NORM}
+                if atom.size == 1 or hard or (atom.pins and not norm_axes):
+                    if trained and tensor.dim() > 1:
+                        for owner in owners:
+                            reasons[owner].update(dict.fromkeys(sorted(atom.pins)))
+                    continue
+                readers[atom].update(dict.fromkeys(owners))
+                if (id(tensor), axis) not in seen or all(m.parameter != name for m in members[atom]):
+                    members[atom].append(Member(parameter=name, axis=axis, size=tensor.shape[axis]))
+            seen.add((id(tensor), axis))
+    found: dict[str, Atom] = {}
+    groups = []
+    for atom, held in members.items():
+        if not any(member.parameter in parameters for member in held):
+            continue
+        name = _name(held, found, parameters)
+        found[name] = atom
+        groups.append(
+            Group(name=name, size=atom.size, members=tuple(held), layers=tuple(readers[atom]), normed=NORM in atom.pins)
+        )
+    pruned = {layer for group in groups for layer in group.layers}
+    kept = {layer: tuple(why) for layer, why in reasons.items() if layer not in pruned}
+    return Groups(groups=tuple(groups), kept=kept, unknown=traced.unknown, traced=traced, atoms=found)
+
+
+def _name(members: list[Member], taken: Mapping[str, Atom], parameters: Mapping[str, nn.Parameter]) -> str:
+    """After the first weight that makes the indices: axis 0 of a matrix or kernel, or whatever comes first."""
+    trained = [member for member in members if member.parameter in parameters]
+    made = [member for member in trained if member.axis == 0 and parameters[member.parameter].dim() > 1]
+    first = (made or trained)[0]
+    name = f"{first.parameter}:{first.axis}"
+    count = 1
+    while name in taken:  # several factors of one axis: heads, and what is in a head
+        count += 1
+        name = f"{first.parameter}:{first.axis}#{count}"
+    return name

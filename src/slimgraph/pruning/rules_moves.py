@@ -1,0 +1,342 @@
+"""Operators that move numbers about without computing any."""
+
+import operator
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from slimgraph.pruning.axes import Atom, Tree, concatenation, factor_inner, pin, product, regroup, size_of, split, unify
+from slimgraph.pruning.trace import Axes, Rule, Trace
+
+aten = torch.ops.aten
+
+
+def reshape(trace: Trace, node: fx.Node) -> Axes:
+    """Row-major: new axes are products and factors of old ones."""
+    return regroup(trace.axes(node.args[0]), trace.shape(node))
+
+
+def permute(trace: Trace, node: fx.Node) -> Axes:
+    """The same axes in another order, which the sizes of a fake tensor cannot tell: its arguments do."""
+    axes = trace.axes(node.args[0])
+    order = [int(dim) % len(axes) for dim in trace.number(trace.given(node)["dims"])]
+    return [axes[dim] for dim in order]
+
+
+def transpose(trace: Trace, node: fx.Node) -> Axes:
+    """Two axes change places; without arguments the last two."""
+    axes = trace.axes(node.args[0])
+    given = trace.given(node)
+    if len(axes) < 2:
+        return axes
+    pair = [value for name, value in given.items() if name in ("dim0", "dim1", "axis0", "axis1")] or [-2, -1]
+    first, second = (int(dim) % len(axes) for dim in pair)
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+def movedim(trace: Trace, node: fx.Node) -> Axes:
+    """Some axes move, the others keep their order."""
+    axes = trace.axes(node.args[0])
+    given = trace.given(node)
+    sources, targets = (
+        [int(dim) % len(axes) for dim in ([value] if isinstance(value, int) else value)]
+        for value in (given["source"], given["destination"])
+    )
+    rest = iter([axis for axis in range(len(axes)) if axis not in sources])
+    moved = dict(zip(targets, sources, strict=True))
+    return [axes[moved[place] if place in moved else next(rest)] for place in range(len(axes))]
+
+
+def expand(trace: Trace, node: fx.Node) -> Axes:
+    """Axes of one index become longer: new axes, which nothing ties to the old ones."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    result: Axes = [Atom(size) for size in shape]
+    for offset, tree in enumerate(reversed(axes)):
+        if size_of(tree) == shape[-1 - offset]:
+            result[-1 - offset] = tree
+    if node.target is aten.expand_as.default:
+        for place, (tree, other) in enumerate(zip(result, trace.axes(node.args[1]), strict=True)):
+            if size_of(tree) == size_of(other) != 1:
+                unify(tree, other)
+                result[place] = tree
+    return result
+
+
+def repeat(trace: Trace, node: fx.Node) -> Axes:
+    """The whole axis, several times: the outer factor of the new axis counts the repetitions."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    result: Axes = [Atom(size) for size in shape]
+    for offset, tree in enumerate(reversed(axes)):
+        count = shape[-1 - offset] // max(size_of(tree), 1)
+        times = Atom(count)
+        if count > 1 and size_of(tree) > 1:
+            pin(times, "repetitions")
+        result[-1 - offset] = tree if count == 1 else times if size_of(tree) == 1 else product(times, tree)
+    return result
+
+
+def repeat_interleave(trace: Trace, node: fx.Node) -> Axes | None:
+    """Each index, several times in a row: the inner factor counts them."""
+    given = trace.given(node)
+    count, dim = given.get("repeats"), given.get("dim")
+    if not isinstance(count, int) or not isinstance(dim, int):
+        return None
+    axes = trace.axes(node.args[0])
+    times = Atom(count)
+    pin(times, "repetitions")
+    axes[dim] = product(axes[dim], times)
+    return axes
+
+
+def cat(trace: Trace, node: fx.Node) -> Axes:
+    """Axes one behind the other; all others are shared."""
+    given: Any = node.args[0]
+    operands = [part for part in given if trace.values[part].numel() or trace.values[part].dim() > 1]
+    lists = [trace.axes(part) for part in operands]
+    axis = int(trace.given(node)["dim"]) % len(lists[0])
+    for other in lists[1:]:
+        for place, (ours, theirs) in enumerate(zip(lists[0], other, strict=True)):
+            if place != axis:
+                unify(ours, theirs)
+    result = trace.axes(operands[0])
+    result[axis] = concatenation(*(trees[axis] for trees in lists))
+    return result
+
+
+def stack(trace: Trace, node: fx.Node) -> Axes:
+    """All axes are shared, and a new one counts the operands."""
+    lists = [trace.axes(part) for part in node.args[0]]  # type: ignore[union-attr]
+    for other in lists[1:]:
+        for ours, theirs in zip(lists[0], other, strict=True):
+            unify(ours, theirs)
+    result = trace.axes(node.args[0][0])  # type: ignore[index]
+    counted = Atom(len(lists))
+    pin(counted, "stacked")
+    axis = int(trace.given(node)["dim"]) % (len(result) + 1)
+    return [*result[:axis], counted, *result[axis:]]
+
+
+def pieces(trace: Trace, node: fx.Node) -> list[Axes]:
+    """An axis cut into several."""
+    axes = trace.axes(node.args[0])
+    axis = int(trace.given(node)["dim"]) % len(axes)
+    result = []
+    rest: Tree = axes[axis]
+    for value in trace.values[node]:
+        count = value.shape[axis]
+        first, rest = (rest, Atom(0)) if count == size_of(rest) else split(rest, count)
+        result.append([*axes[:axis], first, *axes[axis + 1 :]])
+    return result
+
+
+def unbind(trace: Trace, node: fx.Node) -> list[Axes]:
+    """Every index of an axis by itself; the axis stays whole."""
+    axes = trace.axes(node.args[0])
+    axis = int(trace.given(node)["dim"]) % len(axes)
+    pin(axes[axis], "taken apart")
+    return [[*axes[:axis], *axes[axis + 1 :]] for _ in trace.values[node]]
+
+
+def select(trace: Trace, node: fx.Node) -> Axes:
+    """One index of an axis, which stays whole."""
+    axes = trace.axes(node.args[0])
+    axis = int(trace.given(node)["dim"]) % len(axes)
+    pin(axes[axis], "taken apart")
+    return [*axes[:axis], *axes[axis + 1 :]]
+
+
+def slice_(trace: Trace, node: fx.Node) -> Axes:
+    """A part of an axis; with steps, or between numbers that are computed, the axis stays whole."""
+    given = trace.given(node)
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    axis = int(given.get("dim") or 0) % len(axes)
+    tree = axes[axis]
+    size, count = size_of(tree), shape[axis]
+    if count == size:
+        return axes
+    start, step = trace.number(given.get("start")) or 0, trace.number(given.get("step")) or 1
+    start = min(max(start + size if start < 0 else start, 0), size)
+    literal = not any(isinstance(given.get(name), fx.Node) for name in ("start", "end", "step", "length"))
+    if step != 1 or not literal or not count:
+        pin(tree, "sliced in steps")
+        made = Atom(count)
+        pin(made, "sliced in steps")
+        axes[axis] = made
+        return axes
+    rest = split(tree, start)[1] if start else tree
+    axes[axis] = rest if count == size_of(rest) else split(rest, count)[0]
+    return axes
+
+
+def getitem(trace: Trace, node: fx.Node) -> Axes | None:
+    """One of several results."""
+    found = trace.env.get(node.args[0])  # type: ignore[arg-type]
+    position = node.args[1]
+    return None if found is None or not isinstance(position, int) else list(found[position])  # type: ignore[arg-type]
+
+
+def pad(trace: Trace, node: fx.Node) -> Axes:
+    """Axes that are padded stay whole."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    amounts = trace.number(trace.given(node)["pad"])
+    for pair in range(len(amounts) // 2):
+        if amounts[2 * pair] or amounts[2 * pair + 1]:
+            pin(axes[-1 - pair], "padded")
+            made = Atom(shape[-1 - pair])
+            pin(made, "padded")
+            axes[-1 - pair] = made
+    return axes
+
+
+def moved_along(trace: Trace, node: fx.Node) -> Axes:
+    """Roll and flip: the axes along which they move stay whole."""
+    axes = trace.axes(node.args[0])
+    dims = trace.given(node).get("dims") or range(len(axes))
+    for dim in dims:
+        pin(axes[int(dim) % len(axes)], "moved along")
+    return trace.axes(node.args[0])
+
+
+def triangle(trace: Trace, node: fx.Node) -> Axes:
+    """The last two axes are positions."""
+    axes = trace.axes(node.args[0])
+    for tree in axes[-2:]:
+        pin(tree, "its elements are positions")
+    return axes
+
+
+def index(trace: Trace, node: fx.Node) -> Axes | None:
+    """Indices of tensors: the axes they choose from stay whole, the others go through."""
+    axes = trace.axes(node.args[0])
+    indices = [item if isinstance(item, fx.Node) else None for item in node.args[1]]  # type: ignore[union-attr]
+    places = [place for place, item in enumerate(indices) if item is not None]
+    if any(trace.values[item].dtype == torch.bool for item in indices if item is not None):
+        return None
+    for place in places:
+        pin(axes[place], "indexed")
+    count = max(trace.values[item].dim() for item in indices if item is not None)
+    chosen: Axes = []
+    for offset in range(count):
+        position = offset - count
+        sizes = {
+            trace.values[item].shape[position]
+            for item in indices
+            if item is not None and trace.values[item].dim() >= -position
+        }
+        made = Atom(max(sizes))
+        pin(made, "indexed")
+        chosen.append(made)
+    others = [tree for place, tree in enumerate(axes) if place not in places]
+    together = places == list(range(places[0], places[-1] + 1))
+    start = places[0] if together else 0
+    return [*others[:start], *chosen, *others[start:]]
+
+
+def index_select(trace: Trace, node: fx.Node) -> Axes:
+    """Indices along one axis, which stays whole."""
+    axes = trace.axes(node.args[0])
+    axis = int(trace.given(node)["dim"]) % len(axes)
+    pin(axes[axis], "indexed")
+    made = Atom(trace.shape(node)[axis])
+    pin(made, "indexed")
+    axes[axis] = made
+    return axes
+
+
+def pixel_shuffle(trace: Trace, node: fx.Node) -> Axes:
+    """The inner factor of the channels becomes a block of pixels."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    factor = int(trace.given(node)["upscale_factor"])
+    channels, block = factor_inner(axes[-3], factor * factor)
+    pin(block, "spatial")
+    return [*axes[:-3], channels, *_whole(axes[-2:], shape[-2:])]
+
+
+def pixel_unshuffle(trace: Trace, node: fx.Node) -> Axes:
+    """A block of pixels becomes the inner factor of the channels."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    block = Atom(int(trace.given(node)["downscale_factor"]) ** 2)
+    pin(block, "spatial")
+    return [*axes[:-3], product(axes[-3], block), *_whole(axes[-2:], shape[-2:])]
+
+
+def _whole(axes: list[Tree], shape: list[int]) -> Axes:
+    made: Axes = [Atom(size) for size in shape]
+    for tree in (*axes, *made):
+        pin(tree, "spatial")
+    return made
+
+
+def channel_shuffle(trace: Trace, node: fx.Node) -> Axes:
+    """Groups and what is in them change places."""
+    axes = trace.axes(node.args[0])
+    groups = int(trace.given(node)["groups"])
+    outer, inner = factor_inner(axes[1], size_of(axes[1]) // groups)
+    axes[1] = product(inner, outer)
+    return axes
+
+
+def meshgrid(trace: Trace, node: fx.Node) -> list[Axes]:
+    """Grids of positions."""
+    return [trace.fresh(value, reason="its elements are positions") for value in trace.values[node]]
+
+
+RULES: Mapping[Any, Rule] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
+                *(aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim),
+                *(aten.squeeze.dims, aten.reshape_as.default, aten.view_as.default),
+            ),
+            reshape,
+        ),
+        aten.permute.default: permute,
+        **dict.fromkeys(
+            (aten.transpose.int, aten.t.default, aten.mT.default, aten.swapaxes.default, aten.swapdims.default),
+            transpose,
+        ),
+        aten.movedim.int: movedim,
+        aten.movedim.intlist: movedim,
+        aten.expand.default: expand,
+        aten.expand_as.default: expand,
+        aten.broadcast_to.default: expand,
+        aten.repeat.default: repeat,
+        aten.tile.default: repeat,
+        aten.repeat_interleave.self_int: repeat_interleave,
+        aten.cat.default: cat,
+        aten.concat.default: cat,
+        aten.stack.default: stack,
+        **dict.fromkeys(
+            (
+                *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
+                *(aten.tensor_split.indices, aten.tensor_split.sections),
+            ),
+            pieces,
+        ),
+        aten.unbind.int: unbind,
+        aten.select.int: select,
+        aten.slice.Tensor: slice_,
+        aten.narrow.default: slice_,
+        operator.getitem: getitem,
+        aten.pad.default: pad,
+        aten.constant_pad_nd.default: pad,
+        aten.reflection_pad2d.default: pad,
+        aten.replication_pad2d.default: pad,
+        aten.roll.default: moved_along,
+        aten.flip.default: moved_along,
+        aten.triu.default: triangle,
+        aten.tril.default: triangle,
+        aten.index.Tensor: index,
+        aten.index_select.default: index_select,
+        aten.pixel_shuffle.default: pixel_shuffle,
+        aten.pixel_unshuffle.default: pixel_unshuffle,
+        aten.channel_shuffle.default: channel_shuffle,
+        aten.meshgrid.default: meshgrid,
+        aten.meshgrid.indexing: meshgrid,
+    }
+)

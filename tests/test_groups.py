@@ -1,0 +1,177 @@
+"""Groups of indices that can be pruned, on small topologies with known answers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from slimgraph.program.capture import capture
+from slimgraph.pruning.groups import find_groups
+
+
+def groups_of(module, *shape, **options):
+    return find_groups(capture(module.eval(), torch.zeros(1, *shape)), **options)
+
+
+def members(found, name):
+    return {(member.parameter, member.axis) for member in found[name].members}
+
+
+def sizes(found):
+    return {group.name: group.size for group in found.groups}
+
+
+def test_a_chain_has_a_group_between_every_two_layers():
+    found = groups_of(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)), 3, 8, 8
+    )
+    assert sizes(found) == {"0.weight:0": 8, "3.weight:0": 4}
+    norm = {(f"1.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")}
+    assert members(found, "0.weight:0") == {("0.weight", 0), ("0.bias", 0), ("3.weight", 1)} | norm
+    assert found.unknown == {}
+
+
+def test_layers_of_which_nothing_can_be_pruned_say_why():
+    found = groups_of(nn.Sequential(nn.Linear(4, 2)), 4)
+    assert found.groups == ()
+    assert found.kept == {"0": ("output", "input")}
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.second(self.first(x).relu()))
+
+
+def test_a_residual_ties_what_it_adds():
+    found = groups_of(Residual(), 3, 8, 8)
+    assert sizes(found) == {"stem.weight:0": 8, "first.weight:0": 6}
+    assert {("second.weight", 0), ("head.weight", 1), ("first.weight", 1)} < members(found, "stem.weight:0")
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(torch.cat([x, self.b(x)], dim=1))
+
+
+def test_a_concatenation_keeps_its_parts_apart():
+    found = groups_of(Dense(), 3, 4, 4)
+    assert sizes(found) == {"a.weight:0": 4, "b.weight:0": 6}
+    assert all(("c.weight", 1) in members(found, name) for name in sizes(found))
+
+
+def test_a_depthwise_convolution_goes_with_its_channels():
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+    assert sizes(groups_of(layers, 3, 8, 8)) == {"0.weight:0": 8}
+
+
+def test_a_grouped_convolution_has_groups_and_what_is_in_them():
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1, groups=4), nn.Conv2d(16, 2, 1))
+    found = groups_of(layers, 3, 8, 8)
+    assert sorted(group.size for group in found.groups) == [2, 4, 4]
+    assert {group.name.partition("#")[0] for group in found.groups} == {"0.weight:0", "1.weight:0"}
+
+
+def test_a_linear_layer_behind_a_flatten_reads_blocks():
+    found = groups_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 9, 5), nn.Linear(5, 2)), 3, 3, 3)
+    assert sizes(found) == {"0.weight:0": 4, "2.weight:0": 5}
+    assert ("2.weight", 1) in members(found, "0.weight:0")
+
+
+class Excite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.up = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
+
+
+def test_squeeze_and_excite_has_the_channels_and_the_bottleneck():
+    assert sizes(groups_of(Excite(), 3, 4, 4)) == {"stem.weight:0": 8, "down.weight:0": 2}
+
+
+class Attention(nn.Module):
+    def __init__(self, fused, spelled):
+        super().__init__()
+        self.spelled = spelled
+        self.qkv = nn.Linear(12, 36) if fused else nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.inner, self.out = nn.Linear(4, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.inner(x)
+        batch, tokens, _ = x.shape
+        if isinstance(self.qkv, nn.Linear):
+            q, k, v = self.qkv(x).reshape(batch, tokens, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = (layer(x).reshape(batch, tokens, 3, 4).transpose(1, 2) for layer in self.qkv)
+        if self.spelled:
+            x = ((q @ k.transpose(-2, -1)) / 2).softmax(dim=-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).reshape(batch, tokens, 12))
+
+
+@pytest.mark.parametrize("spelled", [True, False])
+@pytest.mark.parametrize(("fused", "wanted"), [(True, [3, 4, 12]), (False, [3, 4, 4, 12])])
+def test_attention_has_heads_and_their_widths(fused, spelled, wanted):
+    found = groups_of(Attention(fused, spelled), 5, 4)
+    assert sorted(group.size for group in found.groups) == wanted
+    assert found.unknown == {}
+
+
+def test_a_layer_norm_keeps_its_axis_unless_it_is_asked_for():
+    layers = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 2))
+    assert sizes(groups_of(layers, 4)) == {"2.weight:0": 6}
+    found = groups_of(layers, 4, norm_axes=True)
+    assert sizes(found) == {"0.weight:0": 8, "2.weight:0": 6}
+    assert found["0.weight:0"].normed
+    assert not found["2.weight:0"].normed
+
+
+def test_a_pixel_shuffle_keeps_blocks_together():
+    layers = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 2, 1))
+    assert sizes(groups_of(layers, 3, 4, 4)) == {"0.weight:0": 4}
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.lstm, self.head = nn.Linear(3, 6), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.first(x))[0])
+
+
+def test_a_recurrent_layer_has_its_input_and_its_hidden_size():
+    found = groups_of(Recurrent(), 7, 3)
+    assert sizes(found) == {"first.weight:0": 6, "lstm.weight_ih_l0:0": 5}
+    assert ("lstm.weight_hh_l0", 1) in members(found, "lstm.weight_ih_l0:0")
+
+
+def test_weights_that_are_used_twice_are_one_member():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.shared(self.shared(self.stem(x)).relu()))
+
+    found = groups_of(Tied(), 3)
+    assert [group.size for group in found.groups] == [8]
+    names = [(m.parameter, m.axis) for m in found.groups[0].members]
+    assert len(names) == len(set(names))
+    assert {("shared.weight", 0), ("shared.weight", 1)} <= set(names)
