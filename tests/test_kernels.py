@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -275,9 +276,46 @@ def _dynamic_convolution(graph):
     return graph.op("Mul", sums, graph.op("Mul", scale, graph.constant(np.full((8, 1, 1), 0.01, np.float32))))
 
 
+def _blocks(graph, *shape, axis):
+    """DequantizeLinear of 4-bit weights in blocks of 16."""
+    codes = graph.constant(graph.random.integers(-8, 8, shape).astype(ml_dtypes.int4))
+    sizes = [size // 16 if at == axis else size for at, size in enumerate(shape)]
+    scale = graph.constant(graph.random.uniform(0.01, 0.1, sizes).astype(np.float32))
+    return graph.op("DequantizeLinear", codes, scale, axis=axis, block_size=16)
+
+
 def _weights_only(graph):
     weight, _ = graph.weight(64, 32, axis=1)
     return graph.op("MatMul", graph.input("n", 4, 64), weight)
+
+
+def _weights_in_blocks(graph):
+    product = graph.op("MatMul", graph.input("n", 4, 64), _blocks(graph, 64, 32, axis=0))
+    return graph.op("Add", product, _float_weight(graph, 32))
+
+
+def _weights_in_blocks_by_gemm(graph):
+    return graph.op("Gemm", graph.input("n", 64), _blocks(graph, 64, 32, axis=0), _float_weight(graph, 32))
+
+
+def _turned_blocks(graph):
+    weight = graph.op("Transpose", _blocks(graph, 32, 64, axis=1), perm=[1, 0])
+    return graph.op("MatMul", graph.input("n", 4, 64), weight)
+
+
+def _turned_by_gemm(graph):
+    weight, _ = graph.weight(32, 64)
+    return graph.op("Gemm", graph.input("n", 64), weight, transB=1)
+
+
+def _weights_only_convolution(graph):
+    weight, _ = graph.weight(16, 16, 3, 3)
+    return graph.op("Conv", graph.input(*IMAGE), weight)
+
+
+def _row_of_a_dequantized_table(graph):
+    weight, _ = graph.weight(32, 16)
+    return graph.op("Gather", weight, graph.input("n", dtype=TensorProto.INT64))
 
 
 MATRIX_PRODUCTS = {
@@ -308,6 +346,12 @@ MATRIX_PRODUCTS = {
     "dynamic between quantizers, two axes": (_dynamic_between_quantizers, "DynamicQuantizeLinear Gemm"),
     "dynamic convolution": (_dynamic_convolution, "DynamicQuantizeLinear ConvInteger Cast Mul Mul"),
     "weights only": (_weights_only, "MatMulNBits"),
+    "weights in blocks": (_weights_in_blocks, "MatMulNBits"),
+    "weights in blocks, Gemm": (_weights_in_blocks_by_gemm, "MatMulNBits"),
+    "weights in blocks, transposed": (_turned_blocks, "FusedMatMul"),
+    "weights only, transposed by Gemm": (_turned_by_gemm, "Gemm"),
+    "weights only, convolution": (_weights_only_convolution, "Conv"),
+    "a row of a dequantized table": (_row_of_a_dequantized_table, "Gather"),
 }  # fmt: skip
 
 

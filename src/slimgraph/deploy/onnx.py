@@ -17,6 +17,7 @@ from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.deploy.onnx_translations import TRANSLATIONS
+from slimgraph.deploy.onnx_weights import hold_weights_in_integers
 from slimgraph.errors import ConfigError, ExportError
 from slimgraph.files import replacing
 from slimgraph.program.cast import cast
@@ -135,6 +136,7 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     name_values(model, prepared.signature)
     merge_pads(model)
     quantize_at_inference(model)
+    hold_weights_in_integers(model)
     clean_up(model)
     if with_tail and program.tail is not None:
         stitch(model, program.tail)

@@ -69,9 +69,21 @@ def stored_integers(value: ir.Value | None) -> StoredIntegers | None:
 
 
 def _constant(node: ir.Node, index: int) -> Array | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+    return _numbers(node.inputs[index]) if index < len(node.inputs) else None
+
+
+def _numbers(value: ir.Value | None) -> Array | None:
+    """The numbers of a stored tensor, or of what Transposes and Casts make of one."""
+    if value is None:
+        return None
+    node, tensor = value.producer(), ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return tensor.numpy()
+    if node is None or node.op_type not in ("Transpose", "Cast") or (source := _numbers(node.inputs[0])) is None:
+        return None
+    if node.op_type == "Cast":
+        return source.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+    return np.ascontiguousarray(source.transpose(node.attributes.get_ints("perm", None)))
 
 
 class Writer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import onnxscript
 
-from slimgraph.program.qdq import DEQUANTIZE_MEASURED, MEASURE, QUANTIZE_MEASURED
+from slimgraph.program.qdq import DEQUANTIZE_GROUPS, DEQUANTIZE_MEASURED, MEASURE, QUANTIZE_MEASURED
 
 op: Any = onnxscript.opset21  # its annotations do not fit the traced values that it is called with
 
@@ -31,8 +31,16 @@ def _dequantize_measured(
     return op.DequantizeLinear(codes, op.Cast(scale, to=_FLOAT), op.Cast(zero_point, to=dtype))
 
 
+def _dequantize_groups(
+    codes: Any, scale: Any, zero_point: Any, first: int, last: int, dtype: int, group: int, out_dtype: int
+) -> Any:
+    zeros = None if zero_point is None else op.Cast(zero_point, to=dtype)
+    return op.DequantizeLinear(codes, scale, zeros, axis=1, block_size=group)
+
+
 TRANSLATIONS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
+        DEQUANTIZE_GROUPS: _dequantize_groups,
         MEASURE: _measure,
         QUANTIZE_MEASURED: _quantize_measured,
         DEQUANTIZE_MEASURED: _dequantize_measured,

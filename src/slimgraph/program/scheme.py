@@ -28,10 +28,14 @@ class IntScheme:
     """Leave out the lowest code, so that x and -x round alike. Used for weights."""
     axis: int | None = None
     """The axis *kept*: one scale for each index of it; None is one scale for the tensor."""
+    group: int | None = None
+    """Of a matrix, how many elements along the axis that is not kept share a scale; None is all of them."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
             raise ConfigError(f"bits is {self.bits}; give 2 to 16.")
+        if self.group is not None and (self.group < 2 or self.axis is None):
+            raise ConfigError(f"group is {self.group}; give at least 2, and the axis that is kept.")
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -59,7 +63,8 @@ class IntScheme:
         """Scale (float32) and zero point (int32) of the grid that covers the real interval from `low` to `high`.
 
         Zero is always on the grid: the interval is extended to hold it. An empty interval gets `EMPTY_SCALE`.
-        `low` and `high` have one element, or one for each index of `axis`; the results have the same shape.
+        `low` and `high` have one element, or one for each index of `axis`, or shape (channels, groups); so do the
+        results.
         """
         return grid_of(low, high, codes=self.code_range, middle=self.middle)
 
@@ -85,22 +90,44 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale > 0.0, scale.clamp(min=SMALLEST_SCALE), EMPTY_SCALE)
 
 
-def _broadcast(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
-    if axis is None:
+def rows_of(x: Tensor, scheme: IntScheme) -> Tensor:
+    """The elements of a tensor with one row for each scale: each channel, or each group of one channel after another.
+
+    Raises:
+        ConfigError: the groups do not divide the matrix.
+    """
+    if scheme.axis is None:
+        return x.reshape(1, -1)
+    by_channel = x.movedim(scheme.axis, 0).flatten(1)
+    if scheme.group is None:
+        return by_channel
+    if x.dim() != 2 or by_channel.shape[1] % scheme.group:
+        raise ConfigError(
+            f"Groups of {scheme.group} do not divide a tensor of shape {list(x.shape)}, of which axis {scheme.axis} is "
+            "kept. Groups are those of a matrix, and divide its other axis."
+        )
+    return by_channel.reshape(-1, scheme.group)
+
+
+def _broadcast(values: Tensor, like: Tensor, scheme: IntScheme) -> Tensor:
+    if scheme.axis is None:
         return values.reshape(())
+    if scheme.group is not None:
+        spread_CK = values.repeat_interleave(scheme.group, dim=1)  # C = channels, K = elements of each
+        return spread_CK if scheme.axis == 0 else spread_CK.T
     shape = [1] * like.dim()
-    shape[axis] = -1
+    shape[scheme.axis] = -1
     return values.reshape(shape)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: IntScheme) -> Tensor:
     """Codes of `x` in the scheme's storage type; ties go to even, as in ONNX QuantizeLinear, and codes saturate."""
     first, last = scheme.code_range
-    code = torch.round(x / _broadcast(scale, x, scheme.axis)) + _broadcast(zero_point, x, scheme.axis)
+    code = torch.round(x / _broadcast(scale, x, scheme)) + _broadcast(zero_point, x, scheme)
     return code.clamp(first, last).to(scheme.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: IntScheme) -> Tensor:
     """Real values of `codes`, float32."""
-    shifted = codes.to(torch.int32) - _broadcast(zero_point, codes, scheme.axis)
-    return shifted.float() * _broadcast(scale, codes, scheme.axis)
+    shifted = codes.to(torch.int32) - _broadcast(zero_point, codes, scheme)
+    return shifted.float() * _broadcast(scale, codes, scheme)

@@ -4,7 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -16,12 +16,14 @@ from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_CHANNELS,
+    DEQUANTIZE_GROUPS,
     DEQUANTIZE_MEASURED,
     MEASURE,
     QUANTIZE,
     QUANTIZE_MEASURED,
 )
-from slimgraph.program.scheme import SMALLEST_SCALE, IntScheme, quantize
+from slimgraph.program.scheme import SMALLEST_SCALE, IntScheme, dequantize, quantize, rows_of
+from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 
 aten = torch.ops.aten
@@ -32,6 +34,10 @@ ROOM_FOR_BIAS = _INT32_TOP // 2
 """Integer biases stay below this in magnitude: the sums to which they are added need room as well."""
 
 
+_Codes: TypeAlias = tuple[int, IntScheme, tuple[float, ...]]
+"""What codes are made of: a tensor, by its `id`, a scheme and a reach."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Grid:
     scale: float
@@ -40,14 +46,34 @@ class _Grid:
 
 
 def weight_scale(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> Tensor:
-    """Scale by the largest magnitude, or by the `reach` that a plan gives: one element, or one an index of the axis."""
+    """Scale by the largest magnitude, or by the `reach` that a plan gives: one element, or one an index of the axis.
+
+    With groups its shape is (channels, groups).
+    """
+    return weight_grid(weight, scheme, reach)[0]
+
+
+def weight_grid(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight's grid; as `weight_scale`.
+
+    The grid of an asymmetric scheme without `reach` covers what each channel, or group, holds.
+    """
     if reach is not None:
-        top = torch.tensor(reach, dtype=torch.float64)
-        return scheme.parameters(-top, top)[0].to(weight.device)
-    magnitude = weight.detach().abs()
-    others = [axis for axis in range(weight.dim()) if axis != scheme.axis]
-    largest = magnitude.amax().reshape(1) if scheme.axis is None else magnitude.amax(dim=others)
-    return scheme.parameters(-largest, largest)[0]
+        high = torch.tensor(reach, dtype=torch.float64)
+        low = -high
+    else:
+        low, high = rows_of(weight.detach(), scheme).aminmax(dim=1)
+    if scheme.group is not None:
+        channels = weight.shape[scheme.axis or 0]
+        low, high = low.reshape(channels, -1), high.reshape(channels, -1)
+    scale, zero_point = scheme.parameters(low, high)
+    return scale.to(weight.device), zero_point.to(weight.device)
+
+
+def rounded_weight(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> Tensor:
+    """The real numbers that the codes of a weight stand for."""
+    grid = weight_grid(weight, scheme, reach)
+    return dequantize(quantize(weight, *grid, scheme), *grid, scheme)
 
 
 def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
@@ -72,9 +98,11 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     grids = _grids(plan)
     values = quantized.values
     readers = edit.count_readers(quantized.graph_module)
+    shared: dict[_Codes, fx.Node] = {}
     for weight in plan.weights:
         source = grids.get(weight.input or "")
-        _quantize_layer(quantized, values[weight.value], weight, plan.weight_reach.get(weight.value), source, readers)
+        reach = plan.weight_reach.get(weight.value)
+        _quantize_layer(quantized, values[weight.value], weight, reach, source, readers, shared)
     taken = set(quantized.values)
     for activation in plan.activations:
         node, consumers = values[activation.value], plan.consumers.get(activation.value)
@@ -172,22 +200,31 @@ def _quantize_layer(
     reach: Sequence[float] | None,
     source: _Grid | None,
     readers: Counter[int],
+    shared: dict[_Codes, fx.Node],
 ) -> None:
     weight = edit.tensor_named(program.graph_module, plan.weight)
-    scale = weight_scale(weight, plan.scheme, reach)
-    bias_node = edit.arguments(node)["bias"]
+    position = weight_position(node)
+    # Another layer that reads the same tensor, as an output that is tied to a table, has the same codes.
+    key = (id(weight), plan.scheme, tuple(reach or ()))
+    if plan.input is None and key in shared:
+        node.update_arg(position, shared[key])
+        return
+    scale, zero_point = weight_grid(weight, plan.scheme, reach)
+    bias_node = edit.arguments(node).get("bias")
     bias = edit.constant_of(program.graph_module, bias_node)
     if source is not None and bias is not None and plan.integer_bias:
         scale = room_for_bias(scale, bias, source.scale)
-    codes = quantize(weight.detach(), scale, torch.zeros_like(scale, dtype=torch.int32), plan.scheme)
-    node.update_arg(1, _dequantized(program, node, node.args[1], codes, scale, plan.scheme, readers))
+    codes = quantize(weight.detach(), scale, zero_point, plan.scheme)
+    back = _dequantized(program, node, node.args[position], codes, (scale, zero_point), plan.scheme, readers)
+    node.update_arg(position, back)
+    shared[key] = back
     if source is not None and bias is not None and plan.integer_bias:
         bias_scale = (scale.double() * source.scale).float()
         bias_codes = (
             (bias.detach().double() / bias_scale.double()).round().clamp(-_INT32_TOP, _INT32_TOP).to(torch.int32)
         )
         grid = IntScheme(bits=16, axis=None if plan.scheme.axis is None else 0)  # int32: the scheme only gives the axis
-        new = _dequantized(program, node, bias_node, bias_codes, bias_scale, grid, readers)
+        new = _dequantized(program, node, bias_node, bias_codes, (bias_scale, zero_point), grid, readers)
         node.args = (*node.args[:2], new, *node.args[3:])
 
 
@@ -208,27 +245,38 @@ def _dequantized(
     user: fx.Node,
     tensor_node: object,
     codes: Tensor,
-    scale: Tensor,
+    grid: tuple[Tensor, Tensor],
     scheme: IntScheme,
     readers: Counter[int],
 ) -> fx.Node:
     """A node that gives back the real values of integer codes; the codes take the place of the float tensor."""
     assert isinstance(tensor_node, fx.Node)
+    scale, zero_point = grid
     name = str(tensor_node.target)
     if readers[id(edit.tensor_named(program.graph_module, name))] > 1:  # somebody else still reads the float tensor
         name = unused(f"{name}_codes", edit.tensor_names(program.graph_module))
-    source = edit.read_tensor(program, name, codes, before=user)
-    first, last = torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max
-    with user.graph.inserting_before(user):
-        if scheme.axis is None:
-            arguments = (source, scale.item(), 0, first, last, codes.dtype)
-            back = user.graph.call_function(DEQUANTIZE, arguments)
+    # Groups lie along rows for the operator that reads them, and for nobody else.
+    is_turned = scheme.group is not None and scheme.axis == 1
+    source = edit.read_tensor(program, name, codes.T.contiguous() if is_turned else codes, before=user)
+    dtype = codes.dtype
+    first, last = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    arguments: tuple[Any, ...]
+    if scheme.axis is None:
+        target, arguments = DEQUANTIZE, (source, scale.item(), int(zero_point.item()), first, last, dtype)
+    else:
+        scales = edit.read_tensor(program, f"{name}_scale", scale, before=user)
+        # The difference of two codes may have more bits than they have.
+        zeros_as = dtype if scheme.symmetric else torch.int32
+        zeros = edit.read_tensor(program, f"{name}_zero_point", zero_point.to(zeros_as), before=user)
+        if scheme.group is None:
+            target, arguments = DEQUANTIZE_CHANNELS, (source, scales, zeros, scheme.axis, first, last, dtype)
         else:
-            scales = edit.read_tensor(program, f"{name}_scale", scale, before=user)
-            zero_points = torch.zeros_like(scale, dtype=codes.dtype)
-            zeros = edit.read_tensor(program, f"{name}_zero_point", zero_points, before=user)
-            back = user.graph.call_function(
-                DEQUANTIZE_CHANNELS, (source, scales, zeros, scheme.axis, first, last, codes.dtype)
-            )
-    set_names(back, layer=layer_of(user), value=f"{name}/dequantized")
+            target = DEQUANTIZE_GROUPS
+            arguments = (source, scales, zeros, *scheme.code_range, dtype, scheme.group, torch.float32)
+    with user.graph.inserting_before(user):
+        back = user.graph.call_function(target, arguments)
+        set_names(back, layer=layer_of(user), value=f"{name}/dequantized")
+        if is_turned:
+            back = user.graph.call_function(aten.transpose.int, (back, 0, 1))
+            set_names(back, layer=layer_of(user), value=f"{name}/turned")
     return back

@@ -81,6 +81,14 @@ WEIGHT_AXIS: Mapping[str, int] = MappingProxyType(
 """The axis of output channels in the weight of each kind."""
 
 
+_WEIGHT_POSITION = MappingProxyType({aten.embedding.default: 0, aten.addmm.default: 2})
+
+
+def weight_position(node: fx.Node) -> int:
+    """Index of the weight among the arguments of an operator that has one."""
+    return _WEIGHT_POSITION.get(node.target, 1)  # type: ignore[call-overload, no-any-return]
+
+
 def kind_of(node: fx.Node) -> str | None:
     """Kind of the operator at `node`; None where no target speaks of it."""
     if node.op != "call_function":

@@ -172,7 +172,7 @@ class _Placement:
         kind = kind_of(node)
         name = value_of(node)
         if kind is None or not (kind in self.target.anchors or kind in (kinds.TRANSPOSED_CONVOLUTION,)):
-            if _is_layer_with_weights(self.program, node):
+            if has_weights(self.program, node):
                 none = f"no {operator_name(node.target)} is quantized for {self.target.name}"
                 self.kept_float[name] = self.skipped.get(name, none)
             return False
@@ -350,7 +350,7 @@ class _Placement:
 _TABLES = (aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 
 
-def _is_layer_with_weights(program: Program, node: fx.Node) -> bool:
+def has_weights(program: Program, node: fx.Node) -> bool:
     """Whether products with a stored matrix are computed here, or rows of one are looked up."""
     if node.target not in MAC_RULES and node.target not in _TABLES:
         return False

@@ -67,7 +67,8 @@ class QuantizationPlan:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Lowest and highest real value, by the value that owns the range."""
     weight_reach: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Largest magnitude that the grid of a weight covers, by layer value: one number, or one for each output channel.
+    """Largest magnitude that the grid of a weight covers, by layer value: one number, or one for each output channel,
+    or one for each group of one channel after another.
     A layer that is not here takes the largest magnitude of its weight."""
 
     def table(self) -> str:
@@ -137,7 +138,8 @@ class QuantizationPlan:
 
 
 def _described(scheme: IntScheme) -> str:
-    return f"int{scheme.bits}" + (" per channel" if scheme.axis is not None else "")
+    each = "" if scheme.axis is None else " per channel" if scheme.group is None else f" per {scheme.group}"
+    return f"int{scheme.bits}{each}"
 
 
 _ADAPTER = TypeAdapter(QuantizationPlan)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import slimgraph.program.edit as edit
 from slimgraph.program.program import Program
-from slimgraph.program.scheme import IntScheme
+from slimgraph.program.scheme import IntScheme, rows_of
 from slimgraph.quantization.plan import QuantizationPlan
 
 NARROW_BITS = 6
@@ -23,7 +23,7 @@ _CHUNK = 2**22
 
 
 def best_reach(weight: Tensor, scheme: IntScheme) -> tuple[float, ...]:
-    """The largest magnitude that the grid should cover, for the tensor or for each index of the scheme's axis.
+    """The largest magnitude that the grid should cover, for the tensor, or for each channel, or for each of its groups.
 
     Of 32 parts of the largest magnitude, down to 15 % of it, and of 16 around the best of these, it takes the one with
     the least squared rounding error; the largest magnitude itself is among them, so that no channel does worse.
@@ -32,7 +32,7 @@ def best_reach(weight: Tensor, scheme: IntScheme) -> tuple[float, ...]:
         weight: real numbers, of any shape.
         scheme: a symmetric grid.
     """
-    rows_CK = _rows(weight, scheme)  # C = channels, K = their elements
+    rows_CK = rows_of(weight.detach().float(), scheme)  # C = channels, or groups of them; K = their elements
     largest_C = rows_CK.abs().amax(dim=1)
     parts_T = torch.linspace(1.0, _LEAST, _COARSE, dtype=torch.float64)  # T = those that are tried
     error_C, best_C = _tried(rows_CK, largest_C, parts_T[:, None].expand(-1, len(rows_CK)), scheme)
@@ -41,11 +41,6 @@ def best_reach(weight: Tensor, scheme: IntScheme) -> tuple[float, ...]:
     finer_error_C, finer_C = _tried(rows_CK, largest_C, (best_C + around_T[:, None]).clamp(_LEAST, 1.0), scheme)
     chosen_C = torch.where(finer_error_C < error_C, finer_C, best_C)
     return tuple((chosen_C * largest_C.double()).tolist())
-
-
-def _rows(weight: Tensor, scheme: IntScheme) -> Tensor:
-    values = weight.detach().float()
-    return values.reshape(1, -1) if scheme.axis is None else values.movedim(scheme.axis, 0).flatten(1)
 
 
 def _tried(rows_CK: Tensor, largest_C: Tensor, parts_TC: Tensor, scheme: IntScheme) -> tuple[Tensor, Tensor]:

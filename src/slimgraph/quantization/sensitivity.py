@@ -12,8 +12,9 @@ from slimgraph.errors import CalibrationError, ConfigError
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.program.replay import Instead, replay
-from slimgraph.program.scheme import IntScheme, dequantize, quantize
-from slimgraph.quantization.apply import weight_scale
+from slimgraph.program.scheme import IntScheme
+from slimgraph.quantization.apply import rounded_weight
+from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.table import text_table
 
@@ -161,10 +162,9 @@ class _RoundedWeight:
     reach: tuple[float, ...] | None
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        scale = weight_scale(args[1], self.scheme, self.reach)
-        zeros = torch.zeros_like(scale, dtype=torch.int32)
-        rounded = dequantize(quantize(args[1], scale, zeros, self.scheme), scale, zeros, self.scheme)
-        return node.target(*args[:1], rounded, *args[2:], **kwargs)  # type: ignore[operator]
+        position = weight_position(node)
+        rounded = rounded_weight(args[position], self.scheme, self.reach)
+        return node.target(*args[:position], rounded, *args[position + 1 :], **kwargs)  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)

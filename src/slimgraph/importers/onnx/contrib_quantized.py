@@ -238,6 +238,43 @@ def _matmul_n_bits(
     return _prepared_product(call, a, codes, scales.reshape(-1), zero_points, None, bias)
 
 
+def _prepare_rows(step: Step, stored: Mapping[str, Tensor]) -> tuple[Step, dict[str, Tensor]] | None:
+    """Codes of a table as signed bytes, whose zero points are zero where the file leaves them out."""
+    data, indices, scales, zeros = (*step.inputs, "")[:4]
+    block, bits = step.attributes.get("block_size", 128), step.attributes.get("bits", 4)
+    along = (step.attributes.get("gather_axis", 0), step.attributes.get("quantize_axis", 1))
+    packed = step.types[0] == "UINT8" and bits in (2, 4, 8)
+    if not {data, scales, zeros} - {""} <= stored.keys() or not packed or along != (0, 1) or stored[data].dim() != 2:
+        return None
+    codes = _unpacked(stored[data], bits)
+    if stored[scales].shape != (len(codes), codes.shape[1] // block) or codes.shape[1] % block:
+        return None
+    middle = 2 ** (bits - 1)
+    added = {data: (codes.to(torch.int16) - middle).to(torch.int8)}
+    if zeros:
+        points = _unpacked(stored[zeros], bits)[:, : codes.shape[1] // block]
+        added[zeros] = points.to(torch.int32) - middle
+    return replace(step, operator=_PREPARED_ROWS, inputs=(data, indices, scales, zeros)), added
+
+
+def _prepared_rows(call: Call, codes: Tensor, indices: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    bits, block = call.int("bits", 4), call.int("block_size", 128)
+    first = -(2 ** (bits - 1))
+    of = Grid(scale=scales, zero_point=zeros, dtype=torch.int8, codes=(first, -first - 1))
+    rows = torch.where(indices < 0, indices + codes.shape[0], indices)
+    return F.embedding(rows, dequantize(codes, of, 1, block)).to(scales.dtype)
+
+
+def _gather_block_quantized(
+    call: Call, codes: Tensor, indices: Tensor, scales: Tensor, zeros: Tensor | None = None
+) -> Tensor:
+    raise call.error(
+        "only tables of two axes are read, packed in bytes of type uint8, whose rows are looked up and whose blocks "
+        "divide them"
+    )
+
+
+_PREPARED_ROWS = Operator(run=_prepared_rows)
 _PREPARED = Operator(run=_prepared_product, weights=(5,))
 
 OPERATORS: dict[str, Operator] = {
@@ -259,6 +296,7 @@ OPERATORS: dict[str, Operator] = {
     "DynamicQuantizeMatMul": Operator(run=_dynamic_quantize_matmul, weights=(4,)),
     "MatMulInteger16": Operator(run=_matmul_integer_16),
     "MatMulNBits": Operator(run=_matmul_n_bits, weights=(5,), prepare=_prepare),
+    "GatherBlockQuantized": Operator(run=_gather_block_quantized, prepare=_prepare_rows),
     "QAttention": Operator(run=_attention, weights=(2,)),
     "QEmbedLayerNormalization": Operator(run=_embed_layer_norm),
 }

@@ -12,7 +12,7 @@ from slimgraph.importers.host import Host
 from slimgraph.importers.onnx import convolution
 from slimgraph.importers.onnx.tensors import element, type_name
 from slimgraph.importers.steps import Call, Operator, require_room
-from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
+from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS, QUANTIZE
 
 QUANTIZE_CHANNELS = torch.ops.quantized_decomposed.quantize_per_channel.default
 
@@ -127,6 +127,13 @@ def dequantize(codes: Tensor, of: Grid, axis: int = 0, block: int = 0) -> Tensor
     if of.of_tensor and of.dtype not in _FLOAT8:
         return DEQUANTIZE(codes, of.scale, of.zero_point, *of.codes, of.dtype)
 
+    if _has_groups(codes, of, axis, block):
+        turned = axis % 2 == 0  # the operator has groups along rows
+        parts = [codes, of.scale.float(), of.zero_point]
+        codes, scale, zeros = (part.t() if turned and part is not None else part for part in parts)
+        values = DEQUANTIZE_GROUPS(codes, scale, zeros, *of.codes, of.dtype, block, torch.float32)
+        return values.t() if turned else values
+
     def by_channel(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
         return DEQUANTIZE_CHANNELS(codes, scale.float(), zero_point, axis, *of.codes, of.dtype)
 
@@ -137,6 +144,17 @@ def dequantize(codes: Tensor, of: Grid, axis: int = 0, block: int = 0) -> Tensor
     if of.zero_point is not None and of.dtype not in _FLOAT8:  # those of float8 are zero and only tell the type
         values = values - _spread(of.zero_point, codes, axis, block)
     return values * _spread(of.scale, codes, axis, block)
+
+
+def _has_groups(codes: Tensor, of: Grid, axis: int, block: int) -> bool:
+    """Whether these are the codes of a matrix in whole blocks along an axis."""
+    scale, zeros = of.scale, of.zero_point
+    if block < 2 or not isinstance(scale, Tensor) or of.dtype not in (torch.int8, torch.uint8):
+        return False
+    if zeros is not None and (not isinstance(zeros, Tensor) or zeros.shape != scale.shape):
+        return False
+    sizes = [size // (block if at == axis % 2 else 1) for at, size in enumerate(codes.shape)]
+    return codes.dim() == 2 and codes.shape[axis] % block == 0 and list(scale.shape) == sizes
 
 
 def _to_float8(x: Tensor, to: Grid, axis: int, block: int) -> Tensor:
