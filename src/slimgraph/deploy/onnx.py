@@ -13,6 +13,7 @@ import torch
 
 from slimgraph.deploy.onnx_dynamic import quantize_at_inference
 from slimgraph.deploy.onnx_float_codes import hold_codes_in_float
+from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_tail import stitch
@@ -137,6 +138,7 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     merge_pads(model)
     quantize_at_inference(model)
     hold_weights_in_integers(model)
+    keep_float_layers(model)
     clean_up(model)
     if with_tail and program.tail is not None:
         stitch(model, program.tail)
