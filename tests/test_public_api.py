@@ -22,6 +22,7 @@ PUBLIC = [
     "Program",
     "ProgramError",
     "SlimgraphError",
+    "TrainingError",
     "UnknownNameError",
     "__version__",
     "capture",

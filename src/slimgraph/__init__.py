@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         OutputError,
         ProgramError,
         SlimgraphError,
+        TrainingError,
         UnknownNameError,
     )
     from slimgraph.formats import convert, load, save
@@ -40,6 +41,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "SlimgraphError",
+    "TrainingError",
     "UnknownNameError",
     "__version__",
     "capture",
@@ -66,6 +68,7 @@ _HOMES = {
     "Program": "slimgraph.program.program",
     "ProgramError": "slimgraph.errors",
     "SlimgraphError": "slimgraph.errors",
+    "TrainingError": "slimgraph.errors",
     "UnknownNameError": "slimgraph.errors",
     "capture": "slimgraph.program.capture",
     "compare": "slimgraph.deploy.compare",

@@ -40,6 +40,13 @@ class CalibrationError(SlimgraphError):
     """The calibration data leave a range undefined: no batch, NaN, infinity."""
 
 
+class TrainingError(SlimgraphError):
+    """Training cannot go on: its loss is not a number any more, or nothing in the program takes a gradient."""
+
+    fitted: object = None
+    """What `fit` would have given had it ended at the best evaluation so far; None where there was no evaluation."""
+
+
 class ExportError(SlimgraphError):
     """A program cannot be written in the wanted form, or what was written does not agree with it."""
 
