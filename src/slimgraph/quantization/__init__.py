@@ -1,1 +1,86 @@
-"""Quantization: from a float program to one whose heavy operators compute in integers."""
+"""Quantization: plan it, calibrate it, repair it, train for it, and write it into a program.
+
+`slimgraph.quantize` does all of it in one call. The names below are its steps, for those
+who look at a plan, change it, or train in a loop of their own.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
+    from slimgraph.quantization.apply import apply_quantization
+    from slimgraph.quantization.calibration import calibrate, choose_ranges, collect_statistics, values_to_observe
+    from slimgraph.quantization.documented import (
+        QUANT_DEQUANT_PASS_OP_TYPES,
+        TENSORRT_OP_TYPES,
+        TRANSFORM_PASS_OP_TYPES,
+    )
+    from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
+    from slimgraph.quantization.freezing import Frozen, freeze
+    from slimgraph.quantization.insertion import insert
+    from slimgraph.quantization.placement import plan_quantization
+    from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
+    from slimgraph.quantization.qat import parameter_groups, prepare_qat
+    from slimgraph.quantization.quantize import prepare
+
+__all__ = [
+    "PACT_LAYERS",
+    "QUANT_DEQUANT_PASS_OP_TYPES",
+    "TENSORRT_OP_TYPES",
+    "TRANSFORM_PASS_OP_TYPES",
+    "Frozen",
+    "Pact",
+    "QuantizationPlan",
+    "apply_quantization",
+    "calibrate",
+    "choose_ranges",
+    "collect_statistics",
+    "freeze",
+    "freeze_ranges_",
+    "freeze_statistics_",
+    "insert",
+    "parameter_groups",
+    "plan_from_json",
+    "plan_quantization",
+    "prepare",
+    "prepare_qat",
+    "values_to_observe",
+]
+
+# Each is imported when it is first asked for. No module may have the name of a function here: importing it would take
+# the function's place.
+_HOMES = {
+    "PACT_LAYERS": "quantization.fake_quantizers",
+    "QUANT_DEQUANT_PASS_OP_TYPES": "quantization.documented",
+    "TENSORRT_OP_TYPES": "quantization.documented",
+    "TRANSFORM_PASS_OP_TYPES": "quantization.documented",
+    "Frozen": "quantization.freezing",
+    "Pact": "quantization.fake_quantizers",
+    "QuantizationPlan": "quantization.plan",
+    "apply_quantization": "quantization.apply",
+    "calibrate": "quantization.calibration",
+    "choose_ranges": "quantization.calibration",
+    "collect_statistics": "quantization.calibration",
+    "freeze": "quantization.freezing",
+    "freeze_ranges_": "program.freeze",
+    "freeze_statistics_": "program.freeze",
+    "insert": "quantization.insertion",
+    "parameter_groups": "quantization.qat",
+    "plan_from_json": "quantization.plan",
+    "plan_quantization": "quantization.placement",
+    "prepare": "quantization.quantize",
+    "prepare_qat": "quantization.qat",
+    "values_to_observe": "quantization.calibration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"slimgraph.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -159,6 +159,36 @@ def choose_ranges(
     return plan.with_ranges(ranges)
 
 
+def calibrate(
+    program: Program,
+    plan: QuantizationPlan,
+    batches: Iterable[Any],
+    algorithm: str = DEFAULT_ALGORITHM,
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> QuantizationPlan:
+    """The plan with the ranges that `algorithm` finds in one pass over calibration data.
+
+    To try several algorithms on one pass, call `collect_statistics` once and `choose_ranges` for each.
+
+    Args:
+        program: the one that the plan was made for, in float.
+        batches: what `Signature.bind` takes, each.
+        algorithm: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
+        progress: called after each batch with the number of samples seen.
+        options: of that algorithm.
+    Raises:
+        UnknownNameError: there is no such algorithm; nothing was read then.
+        CalibrationError, DataError: the data cannot be used.
+    """
+    range_algorithm(algorithm)
+    statistics = collect_statistics(
+        program, values_to_observe(plan), batches, histogram=algorithm in NEED_HISTOGRAM, progress=progress
+    )
+    return choose_ranges(plan, statistics, algorithm=algorithm, **options)
+
+
 def values_to_observe(plan: QuantizationPlan) -> tuple[str, ...]:
     """The values whose statistics the plan's ranges need: a value that is only moved adds nothing to its source's."""
     return plan.range_owners
