@@ -152,15 +152,49 @@ def test_inspect_shows_layers_and_totals_to_people():
     assert "capture" in text
 
 
-def test_inspect_tells_what_is_in_an_onnx_file():
-    path = model_file("net.onnx")
+def constants(path, out):
+    """The same model with its weights in Constant nodes, as old exporters write them."""
+    model = onnx.load(path)
+    nodes = [onnx.helper.make_node("Constant", [], [weight.name], value=weight) for weight in model.graph.initializer]
+    nodes.extend(model.graph.node)
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize("change", [None, constants])
+def test_inspect_tells_of_an_onnx_file_what_it_tells_of_the_program_and_what_is_in_the_file(change, tmp_path):
+    path = model_file("net.onnx") if change is None else change(model_file("net.onnx"), tmp_path / "changed.onnx")
     found = answer("inspect", path)
     stored = onnx.load(path)
+    assert found["kind"] == "onnx"
     assert found["inputs"][0]["shape"] == ["batch", 1, 8, 8]
     assert sum(found["operators"].values()) == len(stored.graph.node)
     assert found["operators"]["Conv"] == 1
     assert found["size_bytes"] == path.stat().st_size
-    assert 2614 - 8 <= found["parameters"] <= 2614 + 8  # the batch norm may be folded, or have its statistics beside it
+    assert (found["parameters"], found["macs"]) == (2614 - 8, 4864)  # the exporter folds the batch norm
+    assert [row["macs"] for row in found["layers"] if row["macs"]] == [2304, 2560]
+    assert found["history"][0]["step"] == "import_onnx"
+    shown = run("inspect", path).stdout
+    assert re.search(r"total +2,606 +4,864", shown)
+    assert f"The file has {path.stat().st_size:,} bytes, in opset 21, written by slimgraph" in shown
+
+
+@pytest.mark.parametrize("change", [None, constants])
+def test_inspect_tells_what_it_can_of_a_file_that_cannot_be_imported_and_why(change, tmp_path):
+    path = tmp_path / "net.onnx"
+    model = onnx.load(model_file("net.onnx"))
+    output = model.graph.output[0].name
+    model.graph.output[0].name = "names"
+    model.graph.node.append(onnx.helper.make_node("MurmurHash3", [output], ["names"], domain="com.microsoft"))
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.UINT32
+    model.opset_import.add(domain="com.microsoft", version=1)
+    onnx.save(model, path)
+    found = answer("inspect", path if change is None else change(path, tmp_path / "changed.onnx"))
+    assert "MurmurHash3" in found["not_imported_because"]
+    assert found["parameters"] == 2606
+    assert "macs" not in found
 
 
 # --- models ---

@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from slimgraph.cli.command import Answer, command, table
-from slimgraph.cli.given import ModelOptions, look, require_foreign
+from slimgraph.cli.given import ModelOptions, is_factory, look, require_foreign
 from slimgraph.cli.options import ModelArgument
 
 if TYPE_CHECKING:
+    from slimgraph.cli.onnx_facts import OnnxFacts
     from slimgraph.program.program import HistoryEntry, Json, Program
     from slimgraph.program.signature import Signature
 
@@ -29,20 +31,35 @@ def inspect(
         ),
     ] = False,
 ) -> Answer:
-    """Show inputs, outputs, layers, parameters, MACs, operators and history of MODEL."""
+    """Show inputs, outputs, layers, parameters, MACs, operators and history of MODEL.
+
+    An ONNX or Paddle file is imported for it; of an ONNX file the operators are those in the file.
+    """
     if coverage:
         require_foreign(model)
     look([model], given)
     if coverage:
         return _coverage(model)
-    from slimgraph.cli.models import open_model
-    from slimgraph.program.program import Program
+    from slimgraph.cli.models import open_model, open_program
+    from slimgraph.errors import ModelImportError
     from slimgraph.progress import ProgressBar
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        opened = open_model(model, given)
-        return _of_program(model, opened) if isinstance(opened, Program) else _of_onnx(model, opened.signature)
+        is_onnx = not is_factory(model) and Path(model).suffix.lower() == ".onnx"
+        try:
+            program = open_program(model, given)
+        except ModelImportError as error:
+            if not is_onnx:
+                raise
+            return _of_file(model, open_model(model, given).signature, reason=str(error))
+        return _of_program(model, program, _facts(model) if is_onnx else None)
+
+
+def _facts(model: str) -> "OnnxFacts":
+    from slimgraph.cli.onnx_facts import onnx_facts
+
+    return onnx_facts(model)
 
 
 def _coverage(model: str) -> Answer:
@@ -59,13 +76,15 @@ def _coverage(model: str) -> Answer:
     return Answer(data={"model": model, "supported": not missing, "operators": rows}, shown=(shown, verdict, *reasons))
 
 
-def _of_program(name: str, program: "Program") -> Answer:
+def _of_program(name: str, program: "Program", file: "OnnxFacts | None") -> Answer:
+    """What can be said of a program, and of the ONNX file from which it was imported."""
     from slimgraph.importers.axis_notices import axis_notices
     from slimgraph.program.count import count
     from slimgraph.program.names import operator_name
 
     counted = count(program)
-    operators = Counter(operator_name(node.target) for node in program.graph.nodes if node.op == "call_function")
+    called = Counter(operator_name(node.target) for node in program.graph.nodes if node.op == "call_function")
+    operators = dict(called.most_common()) if file is None else file.operators
     layers = table("layer", "operator", "output", "parameters", "MACs", numbers=("parameters", "MACs"))
     for row in counted.rows:
         shape = ", ".join(map(str, row.output_shape))
@@ -85,7 +104,7 @@ def _of_program(name: str, program: "Program") -> Answer:
     return Answer(
         data={
             "model": name,
-            "kind": "program",
+            "kind": "program" if file is None else "onnx",
             "inputs": program.signature.inputs,
             "outputs": program.signature.outputs,
             "layers": counted.rows,
@@ -94,7 +113,8 @@ def _of_program(name: str, program: "Program") -> Answer:
             "flops": counted.flops,
             "weight_bytes": counted.weight_bytes,
             "uncounted": counted.uncounted,
-            "operators": dict(operators.most_common()),
+            "operators": operators,
+            **(_file_data(file) if file is not None else {}),
             **({"tail": {"operators": tail.operators(), "outputs": tail.outputs}} if tail is not None else {}),
             "notices": notices,
             "history": program.history,
@@ -103,7 +123,9 @@ def _of_program(name: str, program: "Program") -> Answer:
             *_interface(name, program.signature),
             layers,
             f"{counted.macs:,} MACs ({counted.flops:,} FLOPs) for {', '.join(map(str, counted.inputs))}; "
-            f"{counted.weight_bytes:,} bytes of weights.",
+            f"{counted.weight_bytes:,} bytes of weights. Parameters are what training would change; statistics and "
+            "constants are not among them.",
+            *([_written(file)] if file is not None else []),
             *([uncounted] if uncounted else []),
             _operators(operators),
             *behind,
@@ -113,11 +135,9 @@ def _of_program(name: str, program: "Program") -> Answer:
     )
 
 
-def _of_onnx(name: str, signature: "Signature") -> Answer:
-    from slimgraph.cli.onnx_facts import onnx_facts
-
-    facts = onnx_facts(name)
-    written = f" Written by {facts.producer}." if facts.producer else ""
+def _of_file(name: str, signature: "Signature", *, reason: str) -> Answer:
+    """What can be said of an ONNX file that cannot be imported."""
+    facts = _facts(name)
     return Answer(
         data={
             "model": name,
@@ -125,17 +145,31 @@ def _of_onnx(name: str, signature: "Signature") -> Answer:
             "inputs": signature.inputs,
             "outputs": signature.outputs,
             "parameters": facts.parameters,
-            "size_bytes": facts.size_bytes,
-            "operators": facts.operators,
-            "opset": facts.opset,
-            "producer": facts.producer,
+            **_file_data(facts),
+            "not_imported_because": reason,
         },
         shown=(
             *_interface(name, signature),
-            f"{facts.parameters:,} parameters; {facts.size_bytes:,} bytes; opset {facts.opset}.{written}",
+            f"{facts.parameters:,} numbers are stored as weights or constants.",
+            _written(facts),
             _operators(facts.operators),
+            f"Layers and MACs are not known, since it cannot be imported: {reason}",
         ),
     )
+
+
+def _file_data(facts: "OnnxFacts") -> dict[str, object]:
+    return {
+        "size_bytes": facts.size_bytes,
+        "operators": facts.operators,
+        "opset": facts.opset,
+        "producer": facts.producer,
+    }
+
+
+def _written(facts: "OnnxFacts") -> str:
+    written = f", written by {facts.producer}" if facts.producer else ""
+    return f"The file has {facts.size_bytes:,} bytes, in opset {facts.opset}{written}."
 
 
 def _interface(name: str, signature: "Signature") -> list[str]:

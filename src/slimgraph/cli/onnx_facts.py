@@ -23,7 +23,7 @@ class OnnxFacts:
     operators: Mapping[str, int]
     """How often each operator occurs, the most frequent first."""
     parameters: int
-    """Numbers stored in the file, except scales, zero points, shapes and indices."""
+    """Numbers stored in the file, also as constants, except scales, zero points, shapes and indices."""
     size_bytes: int
     """Of the file and of the data that it keeps in other files."""
     opset: int
@@ -42,6 +42,14 @@ def onnx_facts(path: str | os.PathLike[str]) -> OnnxFacts:
     quantizers = [node for node in nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     grids = {name for node in quantizers for name in node.input[1:]}
     stored = {tensor.name: tensor for graph in every for tensor in graph.initializer}
+    # Some exporters store all weights like this.
+    stored |= {
+        node.output[0]: attribute.t
+        for node in nodes
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
     weights = [
         tensor for name, tensor in stored.items() if name not in grids and tensor.data_type not in _NO_PARAMETERS
     ]
