@@ -331,3 +331,32 @@ def test_integers_that_fit_are_converted():
         bound = signature.bind(given)["ids"]
         assert bound.dtype == torch.int32
         assert bound.tolist() == given.tolist()
+
+
+# Free sizes that follow from others
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.again = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        y = self.again(torch.relu(self.down(x)))
+        return nn.functional.interpolate(y, scale_factor=4.0, mode="nearest")
+
+
+def test_a_size_whose_formula_nobody_would_read_has_a_short_name_in_the_file(tmp_path):
+    x = torch.randn(2, 3, 16, 24)
+    program = capture(Pyramid(), x, dynamic={"x": {2: "height_of_picture", 3: "width_of_picture"}})
+    assert str(program.signature.outputs[0]) == "output: float32[batch, 4, …, …]"
+    path = exported(program, tmp_path)
+    graph = onnx.load(path).graph
+    batch, _, height, width = (dim.dim_param for dim in graph.output[0].type.tensor_type.shape.dim)
+    assert (batch, height, width) == ("batch", "size_1", "size_2")
+    assert [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim][2:] == [
+        "height_of_picture",
+        "width_of_picture",
+    ]
+    check_export(program, path, x)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import torch
 
 from slimgraph.program.names import unused, value_of
-from slimgraph.program.signature import Signature
+from slimgraph.program.signature import Signature, is_long_formula
 
 # The exporter copies this metadata of a graph node to every ONNX node that it makes of it. It renames the values
 # themselves, so this is the only way by which our names reach the file.
@@ -42,6 +42,7 @@ def name_values(model: ir.Model, signature: Signature) -> None:
         value.name = spec.name
         _rename_axes(value, symbols)
     _name_outputs(model, signature, symbols)
+    _shorten_axes(model)
 
 
 def _name_outputs(model: ir.Model, signature: Signature, symbols: dict[str, str]) -> None:
@@ -72,6 +73,21 @@ def _rename_axes(value: ir.Value, symbols: dict[str, str]) -> None:
         else:
             dims.append(int(dim))
     value.shape = ir.Shape(dims)
+
+
+def _shorten_axes(model: ir.Model) -> None:
+    """Call a size whose formula nobody would read by a short name, the same one everywhere: "size_1"."""
+    values = [value for node in model.graph for value in node.outputs if value.shape is not None]
+    symbols = dict.fromkeys(dim.value for value in (*model.graph.outputs, *values) for dim in _symbols(value))
+    taken = {symbol for value in (*model.graph.inputs, *values) for dim in _symbols(value) if (symbol := dim.value)}
+    formulas = [symbol for symbol in symbols if symbol is not None and is_long_formula(symbol)]
+    short = {formula: unused(f"size_{number}", taken) for number, formula in enumerate(formulas, start=1)}
+    for value in values if short else ():
+        _rename_axes(value, short)
+
+
+def _symbols(value: ir.Value) -> list[ir.SymbolicDim]:
+    return [dim for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)]
 
 
 def merge_pads(model: ir.Model) -> None:

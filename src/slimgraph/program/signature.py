@@ -10,7 +10,19 @@ from torch import Tensor
 
 from slimgraph.errors import DataError, closest
 
+_LONGEST_FORMULA = 24
+"""Letters of a size that follows from others, such as `2*batch`, up to which a reader is shown it."""
+
 _EXACT_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def is_long_formula(size: str) -> bool:
+    """Whether a free size follows from others in a way that nobody would read; it is the name of an axis otherwise.
+
+    >>> is_long_formula("2*batch"), is_long_formula("32*(((height - 1)//32)) + 32"), is_long_formula("l" * 40)
+    (False, True, False)
+    """
+    return len(size) > _LONGEST_FORMULA and not size.isidentifier()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +35,8 @@ class TensorSpec:
     """A number is a fixed size; a word names a free axis; axes of one name have one size: `("batch", 3, 224)`."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+        sizes = ("…" if isinstance(size, str) and is_long_formula(size) else str(size) for size in self.shape)
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with its free axes set.
