@@ -267,3 +267,13 @@ def test_a_channel_of_zeros_stays_zero(text):
     weight = quantize_weights(program, bits=4, group=32).state_dict()
     assert not weight["up.weight"][3].any()
     assert np.isfinite(weight["up.weight_scale"].numpy()).all()
+
+
+def test_with_data_the_answers_come_closer(text):
+    torch.manual_seed(4)
+    data = torch.randint(0, 50, (64, 7))
+    wanted = outputs(text)
+    nearest = distance(outputs(quantize_weights(text, bits=3, group=32)), wanted)
+    fitted = distance(outputs(quantize_weights(text, bits=3, group=32, calibration=[data])), wanted)
+    assert fitted[0] < nearest[0]
+    assert fitted[1] < nearest[1]

@@ -11,6 +11,7 @@ import slimgraph.program.edit as edit
 from slimgraph.program.fake_quantize import FAKE_QUANTIZE
 from slimgraph.program.program import Program
 from slimgraph.program.scheme import IntScheme
+from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan
 
 Results: TypeAlias = dict[fx.Node, Any]
@@ -82,16 +83,20 @@ class Simulation:
         def read(source: fx.Node) -> Any:
             if source.op == "get_attr":
                 return self._constant(source)
-            rounding = self._arguments.get((node, source))
-            return results[source] if rounding is None else _mixed(results[source], rounding, mix)
+            return self.argument(node, source, results, mix)
 
         args, kwargs = list(fx.map_arg(node.args, read)), dict(fx.map_arg(node.kwargs, read))
         if node in layers:
-            args[1] = layers[node].weight
+            args[weight_position(node)] = layers[node].weight
             if layers[node].bias is not None:
                 kwargs.pop("bias", None)
                 args[2:3] = [layers[node].bias]
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def argument(self, node: fx.Node, source: fx.Node, results: Results, mix: Mix | None = None) -> Any:
+        """What a node sees of another that it reads."""
+        rounding = self._arguments.get((node, source))
+        return results[source] if rounding is None else _mixed(results[source], rounding, mix)
 
     def rounded(self, node: fx.Node, result: Any, mix: Mix | None = None) -> Any:
         """What readers of a node see, whose result before its own rounding is given."""

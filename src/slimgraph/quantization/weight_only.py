@@ -1,6 +1,6 @@
 """Quantization of weights alone: smaller files, and values that stay in float."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.documented import DENSE, DEPTHWISE, operators_named
+from slimgraph.quantization.gptq import SAMPLES, gptq
 from slimgraph.quantization.operators import WEIGHT_AXIS, is_depthwise, kind_of, weight_position
 from slimgraph.quantization.placement import has_weights
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
@@ -130,8 +131,12 @@ def quantize_weights(
     embeddings: bool = True,
     skip: Sequence[str] = (),
     clip: bool = True,
+    calibration: Iterable[Any] | None = None,
+    samples: int = SAMPLES,
 ) -> Program:
-    """The program with integer weights by rounding to the nearest; it needs no data, and activations stay float.
+    """The program with integer weights; activations stay float.
+
+    Without data weights are rounded to the nearest; with some, so that layers answer as before (`gptq`).
 
     An ONNX file holds up to 4 bits in 4 bits, and more in 8; a `.pt2` holds one byte for each. ONNX Runtime multiplies
     by such a matrix in one kernel, which rounds what it reads to 8 bits inside (docs/onnxruntime.md). Weights of
@@ -149,7 +154,10 @@ def quantize_weights(
         skip: layers that stay float: names, globs, `re:…` or `op:…`.
         clip: symmetric grids of up to 6 bits reach less far than the largest weight where all of them together are
             then closer to what they were.
+        calibration: batches of real inputs, without labels, as `Signature.bind` takes them; read once.
+        samples: of them, the first of these are used.
     Raises:
+        CalibrationError, DataError: the data cannot be used.
         ConfigError, UnknownNameError: no such width, group, operator or layer.
         ProgramError: the program is none, is quantized already, has a weight that is NaN or infinite, or no weight to
             quantize.
@@ -175,6 +183,8 @@ def quantize_weights(
         skip=skip,
     )
     require_weights(plan)
+    if calibration is not None:
+        return apply_quantization(*gptq(prepared, plan, calibration, samples=samples))
     return apply_quantization(prepared, with_best_reach(prepared, plan) if clip and symmetric else plan)
 
 
