@@ -9,7 +9,7 @@ from slimgraph.errors import ConfigError, ProgramError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.channel_links import channel_links
 from slimgraph.quantization.channel_ranges import channel_ranges, clip_places, producer_places
-from slimgraph.quantization.equalize import absorb_high_biases, equalize
+from slimgraph.quantization.equalization import absorb_high_biases, equalize
 from slimgraph.quantization.quantize import prepare
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TENSORRT_OP_TYPES,
         TRANSFORM_PASS_OP_TYPES,
     )
+    from slimgraph.quantization.equalization import equalize
     from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
     from slimgraph.quantization.freezing import Frozen, freeze
     from slimgraph.quantization.insertion import insert
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
     from slimgraph.quantization.qat import parameter_groups, prepare_qat
     from slimgraph.quantization.quantize import prepare
+    from slimgraph.quantization.repair import Repairs
+    from slimgraph.quantization.smoothing import smooth
 
 __all__ = [
     "PACT_LAYERS",
@@ -32,10 +35,12 @@ __all__ = [
     "Frozen",
     "Pact",
     "QuantizationPlan",
+    "Repairs",
     "apply_quantization",
     "calibrate",
     "choose_ranges",
     "collect_statistics",
+    "equalize",
     "freeze",
     "freeze_ranges_",
     "freeze_statistics_",
@@ -45,6 +50,7 @@ __all__ = [
     "plan_quantization",
     "prepare",
     "prepare_qat",
+    "smooth",
     "values_to_observe",
 ]
 
@@ -58,10 +64,12 @@ _HOMES = {
     "Frozen": "quantization.freezing",
     "Pact": "quantization.fake_quantizers",
     "QuantizationPlan": "quantization.plan",
+    "Repairs": "quantization.repair",
     "apply_quantization": "quantization.apply",
     "calibrate": "quantization.calibration",
     "choose_ranges": "quantization.calibration",
     "collect_statistics": "quantization.calibration",
+    "equalize": "quantization.equalization",
     "freeze": "quantization.freezing",
     "freeze_ranges_": "program.freeze",
     "freeze_statistics_": "program.freeze",
@@ -71,6 +79,7 @@ _HOMES = {
     "plan_quantization": "quantization.placement",
     "prepare": "quantization.quantize",
     "prepare_qat": "quantization.qat",
+    "smooth": "quantization.smoothing",
     "values_to_observe": "quantization.calibration",
 }
 

@@ -21,6 +21,7 @@ class _Observing(fx.Interpreter):
 
     def __init__(self, program: Program, wanted: Collection[str], see: Callable[[str, Tensor], None]) -> None:
         super().__init__(program.graph_module)
+        self.extra_traceback = False  # it would append PyTorch's to the message
         self._wanted = wanted
         self._see = see
 

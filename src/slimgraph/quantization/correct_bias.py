@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, fx
 
 import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
+from slimgraph.errors import CalibrationError
 from slimgraph.program.fold import set_bias
 from slimgraph.program.names import value_of
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import HistoryEntry, Program
-from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
 from slimgraph.quantization.apply import apply_quantization, weight_scale
+from slimgraph.quantization.merged import Merged
 from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
 
@@ -24,7 +26,12 @@ REPAIR_SAMPLES = 32
 
 
 def correct_bias(
-    program: Program, plan: QuantizationPlan, batches: Iterable[Any], *, samples: int = REPAIR_SAMPLES
+    program: Program,
+    plan: QuantizationPlan,
+    batches: Iterable[Any],
+    *,
+    samples: int = REPAIR_SAMPLES,
+    reference: Program | None = None,
 ) -> Program:
     """The float program with biases such that, once quantized by `plan`, every layer has the mean output that it had.
 
@@ -35,16 +42,17 @@ def correct_bias(
     Args:
         batches: calibration data; the first `samples` samples are used, at once.
         samples: memory grows with them.
+        reference: the float program whose means are wanted, where the weights of `program` are rounded already.
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2,
     its empirical form. There the layers are repaired in as many passes; here in one.
     """
-    inputs = _first_samples(program, batches, samples)
-    parts = list(in_parts(program, inputs))
+    used = first_samples(program, batches, samples)
+    parts = [part for batch in used for part in in_parts(program, batch)]
     values = program.values
     layers = {w.value: _channel_axis(values[w.value]) for w in plan.weights if _has_room(program, values[w.value])}
     corrected = program.copy().eval()
     with torch.inference_mode():
-        wanted = _layer_means(corrected, parts, layers)
+        wanted = _layer_means(corrected if reference is None else reference.copy().eval(), parts, layers)
         repairs = _layer_means(apply_quantization(corrected, plan), parts, layers, wanted=wanted)
     corrected.train(program.training)
     readers = edit.count_readers(corrected.graph_module)
@@ -57,20 +65,41 @@ def correct_bias(
     )
 
 
-def _first_samples(program: Program, batches: Iterable[Any], samples: int) -> dict[str, Tensor]:
+def first_samples(program: Program, batches: Iterable[Any], samples: int) -> list[dict[str, Tensor]]:
+    """The first samples of calibration data, in as few batches as their sizes allow; no more is read than that needs.
+
+    Where the number of samples in a batch is fixed, the last batch is whole.
+
+    Raises:
+        CalibrationError: there is no batch.
+        DataError: a batch does not fit the program.
+    """
     found: list[dict[str, Tensor]] = []
-    count = 0
+    batched = program.signature.batched
+    missing = samples
     for index, batch in enumerate(batches):
         bound = program.signature.bind(batch, where=f"Calibration batch {index}")
-        found.append(bound)
-        count += len(next(iter(bound.values())))
-        if count >= samples or program.signature.batch_axis is None:
+        taken = {name: x[:missing] if name in batched else x for name, x in bound.items()}
+        if found and _fit(found[-1], taken, batched):
+            taken = {name: torch.cat([found[-1][name], x]) if name in batched else x for name, x in taken.items()}
+            found.pop()
+        found.append(taken)
+        missing -= len(next(iter(bound.values())))
+        if missing <= 0:
             break
-    batched = program.signature.batched
-    return {
-        name: torch.cat([bound[name] for bound in found])[:samples] if name in batched else tensor
-        for name, tensor in found[0].items()
-    }
+    if not found:
+        raise CalibrationError(
+            "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
+        )
+    return found
+
+
+def _fit(batch: Mapping[str, Tensor], other: Mapping[str, Tensor], batched: frozenset[str]) -> bool:
+    """Whether two batches can be joined."""
+    return bool(batched) and all(
+        x.shape[1:] == batch[name].shape[1:] if name in batched else torch.equal(x, batch[name])
+        for name, x in other.items()
+    )
 
 
 def _has_room(program: Program, node: fx.Node) -> bool:
@@ -88,17 +117,6 @@ def _channel_axis(node: fx.Node) -> int:
     return output.dim() - (weight.dim() - 1)
 
 
-class _Merged(fx.Interpreter):
-    """Runs a quantized graph with quantizer and dequantizer as one kernel, which passes over the tensor once."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is QUANTIZE:
-            return torch.fake_quantize_per_tensor_affine(*args[:5])
-        if target is DEQUANTIZE and args[0].is_floating_point():
-            return args[0]
-        return super().call_function(target, args, kwargs)
-
-
 def _layer_means(
     program: Program,
     parts: Sequence[Mapping[str, Tensor]],
@@ -111,7 +129,7 @@ def _layer_means(
     With `wanted` means it shifts each output to them before going on, and gives the shifts instead. All parts of the
     samples go through the graph side by side, so that a layer's mean is known before the next one runs.
     """
-    runs = [_Merged(program.graph_module) for _ in parts]
+    runs = [Merged(program.graph_module) for _ in parts]
     seen: dict[str, Tensor] = {}
     for run, part in zip(runs, parts, strict=True):
         run.args_iter = iter([tensor.to(program.device) for tensor in part.values()])
@@ -150,15 +168,52 @@ def _add_to_bias(program: Program, node: fx.Node, shift: Tensor, readers: Counte
     set_bias(program, node, (shift if old is None else old.detach().double() + shift).to(weight.dtype), readers)
 
 
-def correct_weight(weight: Tensor, scheme: IntScheme) -> Tensor:
+def correct_weights(program: Program, plan: QuantizationPlan) -> tuple[Program, QuantizationPlan]:
+    """The program with its weights on grids of such steps that rounding makes no channel weaker or stronger.
+
+    Every code stays what rounding to the nearest made of it; the scale is multiplied by σ = Σw² / Σw·w_q, for the
+    tensor or for each channel, so that to the inputs that drive it most, those like w itself, a channel answers as
+    before. The plan says how far the grids reach now, so that `apply_quantization` finds the same codes. A weight that
+    somebody else reads stays as it is, as does a channel that rounds to zero.
+
+    Source: Banner et al., as for `correct_weight`, with two changes that were measured. There σ is std(w) / std(w_q),
+        which takes the energy of the rounding errors for a part of the signal and makes each layer weaker by it:
+        together the 4-bit layers of ResNet-20 lose 5 dB of the outputs' signal-to-noise ratio. And there the result
+        is rounded to the old grid again, which hardly ever changes a code. The mean is left to `correct_bias`.
+    """
+    corrected = program.copy()
+    readers = edit.count_readers(corrected.graph_module)
+    reach = dict(plan.weight_reach)
+    for planned in plan.weights:
+        weight = edit.tensor_named(corrected.graph_module, planned.weight)
+        if readers[id(weight)] != 1:
+            continue
+        scale = weight_scale(weight, planned.scheme, reach.get(planned.value))
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        rounded = dequantize(quantize(weight.detach(), scale, zero, planned.scheme), scale, zero, planned.scheme)
+        gain = _inner(weight, weight, planned.scheme) / _inner(weight, rounded, planned.scheme)
+        gain = torch.where(gain.isfinite() & (gain > 0), gain, 1.0)
+        edit.set_tensor(corrected.graph_module, planned.weight, (rounded.double() * gain).to(weight.dtype))
+        reach[planned.value] = tuple((scale.double() * gain.reshape(-1) * planned.scheme.code_range[1]).tolist())
+    edit.finish(corrected)
+    return corrected.with_history(HistoryEntry(step="correct_weights")), replace(plan, weight_reach=reach)
+
+
+def _inner(weight: Tensor, other: Tensor, scheme: IntScheme) -> Tensor:
+    """The inner product of two tensors, or of their parts at each index of the scheme's axis."""
+    axes = [axis for axis in range(weight.dim()) if axis != scheme.axis]
+    return (weight.detach().double() * other.double()).sum(dim=axes, keepdim=True)
+
+
+def correct_weight(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> Tensor:
     """Real values of a quantized weight, moved and stretched so that mean and spread are those of the float weight.
 
-    They lie on the same grid: (w_q + μ)·σ is rounded again, with μ = mean(w − w_q) and σ = std(w) / std(w_q) for the
-    tensor, or for each index of the scheme's axis.
+    They lie on the same grid, which covers the largest magnitude, or the given `reach`: (w_q + μ)·σ is rounded again,
+    with μ = mean(w − w_q) and σ = std(w) / std(w_q) for the tensor, or for each index of the scheme's axis.
     Source: Banner et al., "Post training 4-bit quantization of convolutional networks", arXiv 1810.05723, as
     PaddleSlim's `bias_correction` has it; there the per-channel factors are tiled over the wrong axis, here not.
     """
-    scale = weight_scale(weight, scheme)
+    scale = weight_scale(weight, scheme, reach)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     rounded = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme)
     axes = [axis for axis in range(weight.dim()) if axis != scheme.axis]

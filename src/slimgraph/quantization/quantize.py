@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,10 +18,11 @@ from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
+from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
+from slimgraph.quantization.repair import Repairs, best_repairs, repair_rounding, repair_scales, repairs_named
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -100,6 +101,7 @@ def quantize(
     skip: Sequence[str] = (),
     operators: Sequence[str] | None = None,
     bias_correction: bool = True,
+    repairs: Repairs | Literal["auto"] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     weight_per_channel: bool = True,
@@ -118,6 +120,8 @@ def quantize(
         operators: what may be quantized, by kind ("convolution", "linear", …) or by the documents' names ("conv2d",
             "mul", …); `slimgraph targets` lists them. None is all that the target computes in integers.
         bias_correction: take each layer's mean rounding error off its bias.
+        repairs: what else is done against rounding errors; "auto" tries what is cheap, and keeps what makes the outputs
+            more alike on samples that it was not made with. None is the correction of biases only.
         weight_bits: fewer bits for weights than the target's.
         activation_bits: fewer bits for activations than the target's.
         weight_per_channel: False gives each weight one scale instead of one for each output channel.
@@ -149,7 +153,13 @@ def quantize(
         weight_per_channel=weight_per_channel,
     )
     return quantize_with_record(
-        prepared, plan, calibration, algorithm=algorithm, bias_correction=bias_correction, progress=progress
+        prepared,
+        plan,
+        calibration,
+        algorithm=algorithm,
+        bias_correction=bias_correction,
+        repairs=repairs,
+        progress=progress,
     ).program
 
 
@@ -159,7 +169,7 @@ class Quantization:
 
     program: Program
     prepared: Program
-    """The float program that the plan speaks of."""
+    """The float program that the plan speaks of, with its channels as the repairs scale them."""
     plan: QuantizationPlan
     """With ranges."""
     statistics: Mapping[str, ValueStatistics]
@@ -168,7 +178,9 @@ class Quantization:
     samples: int
     """Of calibration data."""
     repair_batches: Sequence[Mapping[str, Tensor]] = ()
-    """The first of the calibration data, on which biases were corrected."""
+    """The first of the calibration data, with which the repairs were made."""
+    repairs: Repairs = Repairs()  # noqa: RUF009 - it is frozen
+    """Those that were made; what "auto" has chosen."""
 
 
 def quantize_with_record(
@@ -178,6 +190,7 @@ def quantize_with_record(
     *,
     algorithm: str = DEFAULT_ALGORITHM,
     bias_correction: bool = True,
+    repairs: Repairs | Literal["auto"] | None = None,
     histograms: bool = False,
     progress: Callable[[int], None] | None = None,
     stage: Callable[[str], None] | None = None,
@@ -186,7 +199,7 @@ def quantize_with_record(
 
     Args:
         prepared: as `prepare` gives it; it stays as it is.
-        calibration, algorithm, bias_correction, progress: as for `quantize`.
+        calibration, algorithm, bias_correction, repairs, progress: as for `quantize`.
         histograms: also in the statistics for an algorithm that does without.
         stage: told what begins.
     Raises:
@@ -196,6 +209,7 @@ def quantize_with_record(
     """
     range_algorithm(algorithm)
     require_work(plan)
+    wanted = repairs_named(repairs, bias_correction=bias_correction)
     say = stage or _say_nothing
     samples = 0
 
@@ -205,28 +219,36 @@ def quantize_with_record(
         if progress is not None:
             progress(seen)
 
+    samples_kept = 2 * REPAIR_SAMPLES if wanted == "auto" else wanted.samples
+    remembered = Remembering(prepared, calibration, samples=samples_kept)
+    if wanted == "auto":
+        say("Trying repairs")
+        first = remembered.first()
+        scaled, made = best_repairs(prepared, plan, first, algorithm=algorithm, bias=bias_correction)
+    else:
+        made = wanted
+        scaled = repair_scales(prepared, plan, remembered.first(), made) if made.rescales else prepared
     say("Calibrating")
-    remembered = Remembering(prepared, calibration, samples=REPAIR_SAMPLES)
     statistics = collect_statistics(
-        prepared,
+        scaled,
         values_to_observe(plan),
         remembered,
         histogram=histograms or algorithm in NEED_HISTOGRAM,
         progress=count,
     )
     ranged = choose_ranges(plan, statistics, algorithm=algorithm)
-    corrected = prepared
-    if bias_correction:
-        say("Correcting biases")
-        corrected = correct_bias(prepared, ranged, remembered.batches)
+    if made.bias or made.rounding is not None:
+        say("Correcting biases" if made.rounding is None else "Learning to round")
+    rounded, ranged = repair_rounding(scaled, ranged, remembered.batches, made)
     return Quantization(
-        program=apply_quantization(corrected, ranged),
-        prepared=prepared,
+        program=apply_quantization(rounded, ranged),
+        prepared=scaled,
         plan=ranged,
         statistics=statistics,
         algorithm=algorithm,
         samples=samples,
         repair_batches=tuple(remembered.batches),
+        repairs=made,
     )
 
 
@@ -257,10 +279,17 @@ def quantize_again(
     if missing := [name for name in values_to_observe(plan) if name not in statistics]:
         statistics |= collect_statistics(done.prepared, missing, calibration)
     ranged = plan if plan.ranges else choose_ranges(plan, statistics, algorithm=algorithm)
-    corrected = correct_bias(done.prepared, ranged, done.repair_batches) if bias_correction else done.prepared
+    # A reach that repairs chose for one width is wrong for another.
+    kept = {weight.value for weight in ranged.weights if weight in done.plan.weights}
+    reach = {
+        name: r for name, r in ranged.weight_reach.items() if name in kept or r != done.plan.weight_reach.get(name)
+    }
+    ranged = replace(ranged, weight_reach=reach)
+    repairs = replace(done.repairs, bias=bias_correction)
+    rounded, ranged = repair_rounding(done.prepared, ranged, done.repair_batches, repairs)
     return replace(
         done,
-        program=apply_quantization(corrected, ranged),
+        program=apply_quantization(rounded, ranged),
         plan=ranged,
         statistics=statistics,
         algorithm=algorithm,
@@ -272,17 +301,30 @@ def _say_nothing(stage: str) -> None:
 
 
 class Remembering:
-    """Hands on batches and keeps the first samples, so that data which can be read only once serves two passes."""
+    """Hands on batches and keeps the first samples, so that data which can be read only once serves several passes."""
 
     def __init__(self, program: Program, batches: Iterable[Any], *, samples: int) -> None:
-        self._program, self._source, self._samples = program, batches, samples
+        self._program, self._samples = program, samples
+        self._source = enumerate(batches)
+        self._kept = 0
         self.batches: list[dict[str, Tensor]] = []
 
+    def first(self) -> list[dict[str, Tensor]]:
+        """The batches that are kept, read now if they were not before."""
+        while self._kept < self._samples and self._next() is not None:
+            pass
+        return self.batches
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        kept = 0
-        for index, batch in enumerate(self._source):
+        yield from list(self.batches)
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> dict[str, Tensor] | None:
+        for index, batch in self._source:
             bound = self._program.signature.bind(batch, where=f"Calibration batch {index}")
-            if kept < self._samples:
+            if self._kept < self._samples:
                 self.batches.append(bound)
-                kept += len(next(iter(bound.values())))
-            yield bound
+                self._kept += len(next(iter(bound.values())))
+            return bound
+        return None

@@ -1,24 +1,28 @@
 """How much each quantizer of a plan, by itself, moves what a program answers."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from slimgraph.errors import CalibrationError, ConfigError
+from slimgraph.program.edit import tensor_named
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.program.replay import Instead, replay
 from slimgraph.program.scheme import IntScheme
+from slimgraph.quantization.agreement import Change
 from slimgraph.quantization.apply import rounded_weight
 from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.reach import NARROW_BITS, best_reach
 from slimgraph.table import text_table
 
-_Key = tuple[Literal["weight", "activation"], str]
+_Key = tuple[Literal["weight", "activation"], str, int]
+"""Kind, name, bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +58,23 @@ class Sensitivity:
 
     @property
     def noise(self) -> dict[tuple[str, str], float]:
-        """Noise by kind and name."""
-        return {(row.kind, row.name): row.noise for row in self.rows}
+        """Noise by kind and name; of several widths that of the widest."""
+        return {(row.kind, row.name): row.noise for row in sorted(self.rows, key=lambda row: row.bits)}
+
+    @property
+    def noise_at(self) -> dict[tuple[str, str, int], float]:
+        """Noise by kind, name and bits."""
+        return {(row.kind, row.name, row.bits): row.noise for row in self.rows}
 
 
 def measure_sensitivity(
-    program: Program, plan: QuantizationPlan, batches: Iterable[Any], *, samples: int = 64
+    program: Program,
+    plan: QuantizationPlan,
+    batches: Iterable[Any],
+    *,
+    samples: int = 64,
+    weight_bits: Sequence[int] = (),
+    activation_bits: Sequence[int] = (),
 ) -> Sensitivity:
     """How far the outputs move when one quantizer of the plan acts alone, for each of them.
 
@@ -69,14 +84,16 @@ def measure_sensitivity(
         program: the float program that the plan was made for, as `prepare` gives it.
         plan: with ranges.
         batches: what `Signature.bind` takes; the first `samples` samples are used.
+        weight_bits, activation_bits: widths that are measured beside those of the plan, in the same pass. Ranges stay;
+            narrow weights get the reach that suits them (`best_reach`).
     Raises:
         ConfigError: the plan has no ranges.
         CalibrationError: there is no batch.
     """
     if plan.range_owners and not plan.ranges:
         raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
-    alternatives, owners = _alternatives(program, plan)
-    changes: dict[_Key, _Change] = defaultdict(_Change)
+    alternatives, owners = _alternatives(program, plan, weight_bits, activation_bits)
+    changes: dict[_Key, Change] = defaultdict(Change)
     was_training = program.training
     program.eval()
     seen = 0
@@ -94,17 +111,15 @@ def measure_sensitivity(
         program.train(was_training)
     if not seen:
         raise CalibrationError("There is no batch. Give at least one; an iterator that was read before is empty.")
-    bits: dict[_Key, int] = {("weight", w.value): w.scheme.bits for w in plan.weights}
-    bits |= {("activation", a.value): a.scheme.bits for a in plan.activations}
     rows = [
         QuantizerSensitivity(
             kind=kind,
             name=name,
-            bits=bits[kind, name],
+            bits=bits,
             noise=change.noise,
             divergence=change.divergence / seen if change.has_classes else None,
         )
-        for (kind, name), change in changes.items()
+        for (kind, name, bits), change in changes.items()
     ]
     return Sensitivity(rows=tuple(sorted(rows, key=lambda row: -row.noise)), samples=seen)
 
@@ -117,7 +132,9 @@ def _first(program: Program, bound: Mapping[str, Tensor], count: int) -> dict[st
 # What each quantizer does
 
 
-def _alternatives(program: Program, plan: QuantizationPlan) -> tuple[dict[str, list[Instead]], dict[str, list[_Key]]]:
+def _alternatives(
+    program: Program, plan: QuantizationPlan, weight_bits: Sequence[int], activation_bits: Sequence[int]
+) -> tuple[dict[str, list[Instead]], dict[str, list[_Key]]]:
     """By value, what may be computed instead, and beside it the quantizer that each stands for."""
     alternatives: dict[str, list[Instead]] = defaultdict(list)
     owners: dict[str, list[_Key]] = defaultdict(list)
@@ -127,20 +144,25 @@ def _alternatives(program: Program, plan: QuantizationPlan) -> tuple[dict[str, l
         owners[value].append(quantizer)
 
     for weight in plan.weights:
-        offer(
-            weight.value, ("weight", weight.value), _RoundedWeight(weight.scheme, plan.weight_reach.get(weight.value))
-        )
+        for bits in {weight.scheme.bits, *weight_bits}:
+            scheme = replace(weight.scheme, bits=bits)
+            reach = plan.weight_reach.get(weight.value) if bits == weight.scheme.bits else None
+            if reach is None and bits != weight.scheme.bits and bits <= NARROW_BITS:
+                reach = best_reach(tensor_named(program.graph_module, weight.weight), scheme)
+            offer(weight.value, ("weight", weight.value, bits), _RoundedWeight(scheme, reach))
     values = program.values
     for activation in plan.activations:
         if activation.range_of != activation.value and activation.everywhere:
             continue  # it only hands on what was rounded before it
-        rounding = _Rounding(activation.scheme, None if activation.dynamic else plan.ranges[activation.range_of])
-        if activation.everywhere:
-            offer(activation.value, ("activation", activation.value), _RoundedResult(rounding))
-            continue
-        for reader in plan.consumers[activation.value]:
-            argument = _RoundedArgument(values[activation.value], rounding)
-            offer(reader, ("activation", activation.value), argument)
+        interval = None if activation.dynamic else plan.ranges[activation.range_of]
+        for bits in {activation.scheme.bits, *activation_bits}:
+            rounding = _Rounding(replace(activation.scheme, bits=bits), interval)
+            quantizer: _Key = ("activation", activation.value, bits)
+            if activation.everywhere:
+                offer(activation.value, quantizer, _RoundedResult(rounding))
+                continue
+            for reader in plan.consumers[activation.value]:
+                offer(reader, quantizer, _RoundedArgument(values[activation.value], rounding))
     return alternatives, owners
 
 
@@ -188,36 +210,12 @@ class _RoundedArgument:
 # Sums over the batches
 
 
-class _Change:
-    """How far the outputs are from those of the float program."""
-
-    def __init__(self) -> None:
-        self.energies: list[tuple[float, float]] = []
-        self.divergence = 0.0
-        self.has_classes = False
-
-    def add(self, outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-        pairs = [(y.double(), x.double()) for y, x in zip(outputs, wanted, strict=True) if x.is_floating_point()]
-        found = [(float((y - x).square().sum()), float(x.square().sum())) for y, x in pairs]
-        old = self.energies or [(0.0, 0.0)] * len(found)
-        self.energies = [(a + c, b + d) for (a, b), (c, d) in zip(old, found, strict=True)]
-        if len(pairs) == 1 and pairs[0][1].dim() == 2:
-            given, expected = (scores.log_softmax(dim=1) for scores in pairs[0])
-            self.divergence += float((expected.exp() * (expected - given)).sum())
-            self.has_classes = True
-
-    @property
-    def noise(self) -> float:
-        parts = [change / energy if energy else 0.0 for change, energy in self.energies]
-        return sum(parts) / len(parts) if parts else 0.0
-
-
 def _add_part(
     program: Program,
     part: Mapping[str, Tensor],
     alternatives: Mapping[str, list[Instead]],
     owners: Mapping[str, list[_Key]],
-    changes: dict[_Key, _Change],
+    changes: dict[_Key, Change],
 ) -> None:
     outcomes = list(replay(program, part, alternatives))
     wanted = outcomes.pop().outputs
