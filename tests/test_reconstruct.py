@@ -20,7 +20,7 @@ from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
 from slimgraph.quantization.quantize import prepare
 from slimgraph.quantization.reach import best_reach, with_best_reach
-from slimgraph.quantization.reconstruct import reconstruct
+from slimgraph.quantization.reconstruction import reconstruct
 from slimgraph.quantization.regions import Region, block_regions, layer_regions, resolve
 from slimgraph.quantization.simulation import LayerTensors, Simulation
 
@@ -157,33 +157,53 @@ def test_the_exponent_is_silent_while_it_warms_up_then_falls_along_a_cosine():
         Annealing(warm_up=1.0)
 
 
-def test_the_best_of_all_roundings_of_a_small_layer_is_found():
-    # Inputs that nearly agree, so that errors of two weights cancel; nearest rounding lets them add up.
-    torch.manual_seed(3)
-    x = torch.randn(64, 1) + 0.15 * torch.randn(64, 6)
-    layer = nn.Linear(6, 2, bias=False)
-    prepared, plan = planned(capture(layer.eval(), x[:1]), [x])
+def all_roundings(weight, scale):
+    """Every way to round each element to its floor or the next code."""
+    for ups in itertools.product([0.0, 1.0], repeat=weight.numel()):
+        yield ((weight / scale[:, None]).floor() + torch.tensor(ups).reshape(weight.shape)).clamp(-7, 7) * scale[
+            :, None
+        ]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(6, 2, bias=False)),
+        nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)),
+    ],
+)
+def test_the_best_of_all_roundings_is_found(network):
+    # Inputs that rise and fall together, so that errors of weights can cancel; rounding to the nearest adds them up.
+    torch.manual_seed(2)
+    layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+    x = torch.randn(64, 1) + 0.5 * torch.randn(64, layers[0].in_features)
+    for layer in layers:
+        layer.reset_parameters()
+    prepared, plan = planned(capture(network.eval(), x[:1]), [x])
     plan = with_best_reach(prepared, plan)
-    scheme = plan.weights[0].scheme
-    scale = weight_scale(layer.weight, scheme, plan.weight_reach[plan.weights[0].value])
-    floor = (layer.weight.detach() / scale[:, None]).floor()
-    ups = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)))
-    best = []
-    for row in range(2):
-        rows = (floor[row] + ups).clamp(-7, 7) * scale[row]
-        errors = ((rows - layer.weight[row].detach()) @ x.T).square().sum(1)
-        best.append(rows[errors.argmin()])
-    rounded = nearest(layer.weight.detach(), scale, scheme)
+    weights = [layer.weight.detach() for layer in layers]
+    names = [weight.weight for weight in plan.weights]
+    scales = [weight_scale(w, q.scheme, plan.weight_reach[q.value]) for w, q in zip(weights, plan.weights, strict=True)]
 
-    def error(weight):
-        return float(((weight - layer.weight.detach()) @ x.T).square().sum())
+    def error(*candidates):
+        found = torch.func.functional_call(network, dict(zip(names, candidates, strict=True)), (x,))
+        return float((found - network(x)).detach().square().sum())
 
+    best = min(error(*c) for c in itertools.product(*map(all_roundings, weights, scales)))
+    near = error(*(nearest(w, s, NARROW) for w, s in zip(weights, scales, strict=True)))
     learned, found = reconstruct(
-        prepared, plan, [x] * 8, regions="layer", steps=600, lr=0.03, batch_size=64, activations=False
+        prepared,
+        plan,
+        [x] * 8,
+        regions=[("input", plan.weights[-1].value)],
+        batch_size=64,
+        activations=False,
+        biases=False,
     )
-    assert error(torch.stack(best)) < 0.7 * error(rounded)  # the case is one
-    assert error(learned.state_dict()["weight"]) == pytest.approx(error(torch.stack(best)), rel=1e-4)
-    assert found.weight_reach[plan.weights[0].value] == pytest.approx(plan.weight_reach[plan.weights[0].value])
+    assert best < 0.7 * near  # the case is one
+    assert error(*(learned.state_dict()[name] for name in names)) == pytest.approx(best, rel=1e-4)
+    for weight in plan.weights:
+        assert found.weight_reach[weight.value] == pytest.approx(plan.weight_reach[weight.value])
 
 
 # Regions
@@ -303,7 +323,7 @@ def test_regions_that_need_each_other_are_refused():
 # The programs side by side
 
 
-@pytest.mark.parametrize("target", ["simulate", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", ["simulate", "onnxruntime"])
 @pytest.mark.parametrize("name", sorted(set(toys.TOYS) - {"Lstm", "Gru"}))
 def test_a_simulation_computes_what_the_quantized_program_does(name, target):
     batch = positional(name, 4)
@@ -384,18 +404,16 @@ def test_applying_the_plan_gives_the_codes_that_were_learned(name, regions):
         assert set((codes[weight.value] - floor)[inside].tolist()) <= {0.0, 1.0}
 
 
-def test_blocks_learn_better_than_layers_and_both_than_rounding_to_the_nearest():
-    program, calibration = network(), images(count=16)
-    prepared, plan = planned(program, calibration, weight_bits=3)
+@pytest.mark.parametrize(("regions", "drop"), [("layer", 0.0), ("block", 0.0), ("block", 0.5)])
+def test_what_is_learned_answers_fresh_data_better_than_rounding_to_the_nearest(regions, drop):
+    prepared, plan = planned(network(), images(), weight_bits=3)
+    learned, found = reconstruct(prepared, plan, images(), regions=regions, drop=drop, steps=60, lr=0.3)
+    told = learned.history[-1].result["regions"]
+    assert [r["kept"] for r in told][1:] == ["learned"] * (len(told) - 1)  # noise at the input: errors never cancel
+    assert all((r["learned_error"] < r["nearest_error"]) == (r["kept"] == "learned") for r in told)
     fresh = [torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))]
     near = squared_error(prepared, apply_quantization(prepared, with_best_reach(prepared, plan)), fresh)
-    errors = {}
-    for regions in ("layer", "block"):
-        learned, found = reconstruct(prepared, plan, calibration, regions=regions, steps=300, lr=0.03)
-        errors[regions] = squared_error(prepared, apply_quantization(learned, found), fresh)
-        told = learned.history[-1].result["regions"]
-        assert all(r["learned_error"] < r["nearest_error"] for r in told if r["kept"] == "learned")
-    assert errors["block"] < errors["layer"] < 0.6 * near
+    assert squared_error(prepared, apply_quantization(learned, found), fresh) < 0.6 * near
 
 
 def test_where_nothing_better_is_learned_the_nearest_codes_stay():
@@ -450,7 +468,11 @@ def test_memory_bounds_the_samples_and_the_history_says_how_many_were_left():
 
 
 def test_a_program_whose_batch_is_fixed_is_learned_from_whole_batches():
-    program = capture(Network().eval(), torch.zeros(4, 3, 8, 8), dynamic={"x": {}})
+    class Fixed(Network):
+        def forward(self, x):
+            return super().forward(x.reshape(4, 3, 8, 8))
+
+    program = capture(Fixed().eval(), torch.zeros(4, 3, 8, 8))
     assert program.signature.batch_axis is None
     batches = images(count=9, size=4)
     prepared, plan = planned(program, batches)

@@ -17,7 +17,7 @@ _STRETCH_HIGH, _STRETCH_LOW = 1.1, -0.1
 class Annealing:
     """How the choice between up and down hardens while it is learned."""
 
-    weight: float = 1.0
+    weight: float = 10.0
     """λ, of the mean over the weights of 1 − |2h − 1|^β, against the reconstruction error over that of rounding to the
     nearest."""
     start: float = 20.0
@@ -52,11 +52,10 @@ class LearnedRounding:
         """The soft codes begin where the real weight is.
 
         Args:
-            scale: one element, or one for each index of the scheme's axis.
+            scale: as `IntScheme.parameters` gives it.
         """
         self.scheme, self.scale = scheme, scale
-        shape = [-1 if axis == scheme.axis else 1 for axis in range(weight.dim())]
-        self._scale = scale.reshape(shape)
+        self._scale = on_grid(torch.ones_like(weight, dtype=scheme.dtype), scale, scheme)  # one for each element
         position = weight.detach() / self._scale
         self._floor = position.floor()
         inside = (position - self._floor - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)

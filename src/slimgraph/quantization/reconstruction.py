@@ -1,6 +1,6 @@
 """Learn to round weights so that the parts of a program answer as they did in float."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -11,11 +11,12 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import set_bias
 from slimgraph.program.program import HistoryEntry, Json, Program
-from slimgraph.quantization.apply import ROOM_FOR_BIAS, room_for_bias, weight_scale
+from slimgraph.quantization.apply import ROOM_FOR_BIAS, room_for_bias, rounded_weight, weight_scale
 from slimgraph.quantization.insertion import require_values
 from slimgraph.quantization.learn_region import LearnedRegion, Recipe, RegionLayer, learn_region
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest
 from slimgraph.quantization.lockstep import Lockstep, Schedule, batches_of
+from slimgraph.quantization.operators import WEIGHT_AXIS, kind_of
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 from slimgraph.quantization.reach import with_best_reach
 from slimgraph.quantization.regions import Region, block_regions, layer_regions, resolve
@@ -34,10 +35,10 @@ def reconstruct(
     batches: Iterable[Any],
     *,
     regions: Regions = "block",
-    steps: int = 1000,
+    steps: int = 300,
     samples: int = 1024,
     batch_size: int = _PER_BATCH,
-    lr: float = 0.01,
+    lr: float = 0.1,
     drop: float = 0.0,
     activations: bool = True,
     biases: bool = True,
@@ -52,7 +53,8 @@ def reconstruct(
     what the quantized program before it gives, is near to the float program's in squared error. What was learned is
     kept where it is better than rounding to the nearest on data that was held out; the history says so for each region.
     `apply_quantization` of the result gives just these codes, since the plan names the reach of each grid. Weights that
-    several layers read, or that lie in no region, are left to rounding to the nearest.
+    several layers read, that are looked up or have a zero point, or that lie in no region, are left to rounding to the
+    nearest.
 
     Args:
         program: the float program that the plan was made for, as `prepare` gives it; it stays as it is.
@@ -63,7 +65,7 @@ def reconstruct(
         steps: of Adam, for each region.
         samples: the first of these are used, or fewer where their values would take more than `memory_bytes`.
         batch_size: samples in a step.
-        lr: of Adam, on the logits of the rounding.
+        lr: of Adam, on the logits of the rounding; fewer steps want more of it.
         drop: part of the elements of each activation that is not rounded in a step: 0.5 is QDrop.
         activations: round activations while learning. Without, the weights are learned for real activations.
         biases: learn the stored biases of the layers, too.
@@ -87,11 +89,11 @@ def reconstruct(
     result = program.copy().eval()
     reached = with_best_reach(result, plan)
     readers = edit.count_readers(result.graph_module)
-    stored = {w.value: edit.tensor_named(result.graph_module, w.weight) for w in reached.weights}
-    learnable = replace(reached, weights=tuple(w for w in reached.weights if readers[id(stored[w.value])] == 1))
+    learnable = replace(reached, weights=tuple(w for w in reached.weights if _is_learnable(result, w, readers)))
     spans = resolve(result, learnable, _regions(result, learnable, regions))
-    grids = _grids(result, reached)
-    current = {node: LayerTensors(_nearest(result, grid), None) for node, grid in grids.items()}
+    grids = _grids(result, learnable)
+    current = {result.value(w.value): LayerTensors(_rounded(result, w, reached), None) for w in reached.weights}
+    current |= {node: LayerTensors(_nearest(result, grid), None) for node, grid in grids.items()}
     layers = {node: _region_layer(result, grids[node], node, biases) for span in spans for node in span.layers}
 
     schedule = Schedule(result, spans)
@@ -147,6 +149,14 @@ def _tensor(program: Program, weight: WeightQuantizer) -> Tensor:
     return edit.tensor_named(program.graph_module, weight.weight).detach()
 
 
+def _is_learnable(program: Program, weight: WeightQuantizer, readers: Mapping[int, int]) -> bool:
+    """Whether a layer multiplies by the weight, no other reads it, and zero is the middle of its grid."""
+    stored = edit.tensor_named(program.graph_module, weight.weight)
+    return (
+        readers[id(stored)] == 1 and kind_of(program.value(weight.value)) in WEIGHT_AXIS and weight.scheme.middle == 0
+    )
+
+
 def _regions(program: Program, plan: QuantizationPlan, given: Regions) -> Sequence[Region]:
     if isinstance(given, str):
         if given not in ("layer", "block"):
@@ -171,7 +181,7 @@ class _WeightGrid:
 
     @property
     def reach(self) -> tuple[float, ...]:
-        return tuple((self.scale.double() * self.planned.scheme.code_range[1]).tolist())
+        return tuple((self.scale.double() * self.planned.scheme.code_range[1]).flatten().tolist())
 
 
 def _grids(program: Program, plan: QuantizationPlan) -> dict[fx.Node, _WeightGrid]:
@@ -181,7 +191,7 @@ def _grids(program: Program, plan: QuantizationPlan) -> dict[fx.Node, _WeightGri
         node = program.value(planned.value)
         scale = weight_scale(_tensor(program, planned), planned.scheme, plan.weight_reach.get(planned.value))
         bias = edit.constant_of(program.graph_module, edit.arguments(node)["bias"])
-        source = None if planned.input is None else activations[planned.input]
+        source = activations.get(planned.input or "")
         largest = None
         if planned.integer_bias and bias is not None and source is not None and not source.dynamic:
             low, high = map(torch.tensor, plan.ranges[source.range_of])
@@ -190,6 +200,10 @@ def _grids(program: Program, plan: QuantizationPlan) -> dict[fx.Node, _WeightGri
             largest = (scale.double() * input_scale * ROOM_FOR_BIAS).to(bias.dtype) * (1 - 1e-6)
         found[node] = _WeightGrid(planned, scale, largest)
     return found
+
+
+def _rounded(program: Program, planned: WeightQuantizer, plan: QuantizationPlan) -> Tensor:
+    return rounded_weight(_tensor(program, planned), planned.scheme, plan.weight_reach.get(planned.value))
 
 
 def _nearest(program: Program, grid: _WeightGrid) -> Tensor:
