@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TENSORRT_OP_TYPES,
         TRANSFORM_PASS_OP_TYPES,
     )
+    from slimgraph.quantization.dynamic import quantize_dynamic
     from slimgraph.quantization.equalization import equalize
     from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
     from slimgraph.quantization.freezing import Frozen, freeze
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from slimgraph.quantization.quantize import prepare
     from slimgraph.quantization.repair import Repairs
     from slimgraph.quantization.smoothing import smooth
+    from slimgraph.quantization.weight_only import plan_weights, quantize_weights
 
 __all__ = [
     "PACT_LAYERS",
@@ -48,8 +50,11 @@ __all__ = [
     "parameter_groups",
     "plan_from_json",
     "plan_quantization",
+    "plan_weights",
     "prepare",
     "prepare_qat",
+    "quantize_dynamic",
+    "quantize_weights",
     "smooth",
     "values_to_observe",
 ]
@@ -77,8 +82,11 @@ _HOMES = {
     "parameter_groups": "quantization.qat",
     "plan_from_json": "quantization.plan",
     "plan_quantization": "quantization.placement",
+    "plan_weights": "quantization.weight_only",
     "prepare": "quantization.quantize",
     "prepare_qat": "quantization.qat",
+    "quantize_dynamic": "quantization.dynamic",
+    "quantize_weights": "quantization.weight_only",
     "smooth": "quantization.smoothing",
     "values_to_observe": "quantization.calibration",
 }
