@@ -15,6 +15,7 @@ from slimgraph.deploy.onnx_dynamic import quantize_at_inference
 from slimgraph.deploy.onnx_float_codes import hold_codes_in_float
 from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
+from slimgraph.deploy.onnx_narrow import pack_narrow_codes
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.deploy.onnx_translations import TRANSLATIONS
@@ -46,6 +47,7 @@ def export_onnx(
     external_data_above: int = _LARGEST_MODEL_BYTES,
     with_tail: bool = True,
     float_codes: bool = False,
+    narrow_codes: bool = False,
 ) -> None:
     """Write a program as an ONNX file; equal programs give equal bytes.
 
@@ -57,6 +59,8 @@ def export_onnx(
         external_data_above: weights of more bytes than this are written to `<path>.data`.
         with_tail: False leaves the program's tail out, so that the file computes what the program computes.
         float_codes: the integer weights of a quantized program as float32 numbers, multiplied by their scales.
+        narrow_codes: integer weights that need no more than 4 bits as INT4: for runtimes that compute a Cast of weights
+            when they load the file, as ONNX Runtime does.
     Raises:
         ExportError: an operator of the program has no ONNX form, or the tail none beside it.
         OutputError: the file cannot be written; an older one stays whole.
@@ -64,6 +68,8 @@ def export_onnx(
     model = to_onnx(program, precision=precision, with_tail=with_tail)
     if float_codes:
         hold_codes_in_float(model)
+    if narrow_codes:
+        pack_narrow_codes(model)
     _write(model, path, external_data_above)
 
 
