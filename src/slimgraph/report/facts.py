@@ -69,3 +69,37 @@ class MetricResult:
         """Whether more was lost than allowed. A metric that is not a number is never within a limit."""
         # 0.875 - 0.865 is a little more than 0.01 in binary, and is not more than one point.
         return self.max_drop is not None and not self.drop <= self.max_drop + 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparedLayer:
+    """A layer that was taken out of the quantization, or given more bits, so that the metric holds."""
+
+    name: str
+    bits: int | None
+    """None: it is in float."""
+    noise_share: float
+    """Its part in the noise that all quantizers together bring into the outputs."""
+    lost_us: float | None
+    """Microseconds of a call by which the layer is slower than in integers, as measured before; None: not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyControl:
+    """What was done since the metric dropped by more than allowed."""
+
+    limit: float
+    drop_before: float
+    """With every layer in integers that the target has integer kernels for."""
+    drop: float
+    """With what was done; where the limit was not met, with every layer in float or of more bits."""
+    met: bool
+    algorithm_before: str
+    algorithm: str
+    """What chose the ranges in the end."""
+    spared: tuple[SparedLayer, ...]
+    """The costliest for the metric first."""
+    layers: int
+    """How many could have been spared."""
+    trials: int
+    """How often the metric was measured."""
