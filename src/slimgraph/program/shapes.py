@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
 from slimgraph.program.edit import FLAGS, tensor_named
@@ -53,6 +53,28 @@ def fake_values(program: Program, sizes: Mapping[str, int] | None = None, batch:
             elif node.op == "call_function":
                 values[node] = _called(node, values)
     return values
+
+
+def refresh(program: Program) -> Program:
+    """Let every node tell the type and shape of its result anew, after stored tensors have changed; the same program.
+
+    Free axes stay symbols.
+    """
+    examples = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    mode = next(value.fake_mode for value in examples if isinstance(value, FakeTensor))
+    values: dict[fx.Node, Any] = {}
+    with mode, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = node.meta["val"]
+            elif node.op == "get_attr":
+                tensor = None if node.target in FLAGS else tensor_named(program.graph_module, node.target)
+                values[node] = False if tensor is None else mode.from_tensor(tensor.detach(), static_shapes=True)
+            elif node.op == "call_function":
+                values[node] = _called(node, values)
+            if node in values and isinstance(values[node], (Tensor, tuple, list, torch.SymInt)):
+                node.meta["val"] = values[node]
+    return program
 
 
 def _chosen_sizes(signature: Signature, sizes: Mapping[str, int], batch: int) -> dict[str, int]:

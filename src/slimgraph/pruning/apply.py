@@ -1,0 +1,216 @@
+"""Remove what a plan removes: smaller tensors, and the sizes that the graph has in its arguments."""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import slimgraph.program.edit as edit
+from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.shapes import refresh
+from slimgraph.pruning.axes import factor_inner, size_of
+from slimgraph.pruning.groups import Groups, find_groups
+from slimgraph.pruning.kept import Kept
+from slimgraph.pruning.plan import PruningPlan
+from slimgraph.pruning.prove import prove
+
+aten = torch.ops.aten
+
+
+def apply_pruning(program: Program, plan: PruningPlan, *, proof: bool = True, groups: Groups | None = None) -> Program:
+    """The program without the indices that a plan removes.
+
+    Args:
+        proof: compute, in float64, that it gives what the program gives where the removed indices are zero for whoever
+            reads them, to 1e-9 of the range of the outputs.
+        groups: of this very program, where they are at hand.
+    Raises:
+        ConfigError: the plan speaks of groups that the program has not got.
+        ProgramError: the proof fails; the message names the group.
+    """
+    found = groups if groups is not None else find_groups(program, norm_axes=plan.norm_axes)
+    kept = Kept(found, plan)
+    pruned = program.copy()
+    slice_tensors(pruned, plan.kept)
+    twins = dict(zip(program.graph.nodes, pruned.graph.nodes, strict=True))
+    for node, twin in twins.items():
+        if node.op == "call_function" and (rewrite := _REWRITES.get(node.target)) is not None:
+            rewrite(kept, node, twin)
+    edit.finish(pruned)
+    refresh(pruned)
+    parameters: dict[str, Json] = {
+        "groups": {group.name: [group.size, group.size - len(group.removed)] for group in plan.groups}
+    }
+    result = pruned.with_history(HistoryEntry(step="prune", parameters=parameters))
+    if proof:
+        prove(program, result, kept, plan)
+    return result
+
+
+def slice_tensors(module: Any, kept: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
+    """Replace parameters and buffers by what stays of them; tied ones stay tied."""
+    root = module.graph_module if isinstance(module, Program) else module
+    done: dict[int, Tensor] = {}
+    for name, axes in kept.items():
+        old = edit.tensor_named(root, name)
+        if id(old) not in done:
+            new = old.detach()
+            for axis, indices in axes.items():
+                new = new.index_select(axis, torch.tensor(indices, device=new.device))
+            trained = isinstance(old, torch.nn.Parameter)
+            done[id(old)] = torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
+        edit.put(root, name, done[id(old)], persistent=name in _persistent(root))
+
+
+def _persistent(root: torch.nn.Module) -> set[str]:
+    return set(root.state_dict().keys())
+
+
+# Sizes in arguments
+
+_Rewrite = Callable[[Kept, fx.Node, fx.Node], None]
+
+
+def _set(twin: fx.Node, name: str, value: Any) -> None:
+    names = [argument.name for argument in twin.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(twin.args):
+        twin.update_arg(position, value)
+    else:
+        twin.update_kwarg(name, value)
+
+
+def _result_sizes(kept: Kept, node: fx.Node) -> list[int]:
+    return [kept.count(tree) for tree in kept.traced.of(node)]
+
+
+def _sizes(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    """Literal sizes of a result; those that are computed, or -1, stay."""
+    given = edit.arguments(node)
+    name = "size" if "size" in given else "shape" if "shape" in given else "sizes"
+    old: list[Any] = list(given[name])
+    sizes = _result_sizes(kept, node)
+    if name == "sizes" and "dim" in given:  # unflatten: only the axes that it makes
+        start = int(given["dim"]) % (len(sizes) - len(old) + 1)
+        sizes = sizes[start : start + len(old)]
+    new = [
+        size if isinstance(given_size, int) and given_size != -1 else now
+        for size, given_size, now in zip(sizes, old, list(edit.arguments(twin)[name]), strict=True)
+    ]
+    _set(twin, name, new)
+
+
+def _pieces(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    """Cut where the kept indices of each piece end."""
+    given = edit.arguments(node)
+    axis = int(given["dim"]) % len(kept.traced.axes[node.args[0]])  # type: ignore[index]
+    readers = [user for user in node.users if user.op == "call_function"]
+    counts = {int(user.args[1]): kept.count(kept.traced.of(user)[axis]) for user in readers}  # type: ignore[arg-type]
+    before = [value.shape[axis] for value in kept.traced.values[node]]
+    whole = kept.mask(kept.traced.of(node.args[0])[axis])  # type: ignore[arg-type]
+    sizes = [int(piece.sum()) for piece in torch.split(whole, before)]
+    assert all(sizes[index] == count for index, count in counts.items())
+    if sizes != before:
+        twin.target = aten.split_with_sizes.default
+        twin.args = (twin.args[0], sizes, axis)
+        twin.kwargs = {}
+
+
+def _slice(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    """The same indices, where they stand now; a slice in steps is of an axis that stays whole."""
+    given = edit.arguments(node)
+    source: Any = node.args[0]
+    axis = int(given.get("dim") or 0) % len(kept.traced.axes[source])
+    keep = kept.mask(kept.traced.of(source)[axis])
+    if bool(keep.all()):
+        return
+    size = len(keep)
+    start = given.get("start") or 0
+    start = min(max(start + size if start < 0 else start, 0), size)
+    count = kept.traced.values[node].shape[axis]
+    first = int(keep[:start].sum())
+    if node.target is aten.narrow.default:
+        _set(twin, "start", first)
+        _set(twin, "length", int(keep[start : start + count].sum()))
+    else:
+        _set(twin, "start", first)
+        _set(twin, "end", first + int(keep[start : start + count].sum()))
+
+
+def _groups_of_convolution(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    given = edit.arguments(node)
+    groups = int(given["groups"])
+    if groups == 1:
+        return
+    weight: Any = node.args[1]
+    axis = kept.traced.of(weight)[0]
+    outer, _ = factor_inner(axis, size_of(axis) // groups)
+    _set(twin, "groups", kept.count(outer))
+
+
+def _groups_of_norm(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    groups = int(edit.arguments(node)["num_groups"])
+    axis = kept.traced.of(node)[1]
+    outer, _ = factor_inner(axis, size_of(axis) // groups)
+    _set(twin, "num_groups", kept.count(outer))
+
+
+def _groups_of_shuffle(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    groups = int(edit.arguments(node)["groups"])
+    source: Any = node.args[0]
+    axis = kept.traced.of(source)[1]
+    outer, _ = factor_inner(axis, size_of(axis) // groups)
+    _set(twin, "groups", kept.count(outer))
+
+
+def _normalized_shape(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    count = len(edit.arguments(node)["normalized_shape"])
+    _set(twin, "normalized_shape", _result_sizes(kept, node)[-count:])
+
+
+def _scale(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    """Attention divides by the root of the width unless it is told otherwise: by that of the original."""
+    query: Any = node.args[0]
+    axis = kept.traced.of(query)[-1]
+    if edit.arguments(node).get("scale") is None and kept.count(axis) != size_of(axis):
+        _set(twin, "scale", 1.0 / math.sqrt(size_of(axis)))
+
+
+_REWRITES: Mapping[Any, _Rewrite] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int),
+                *(aten.expand.default, aten.broadcast_to.default, aten.zeros.default, aten.ones.default),
+                *(aten.full.default, aten.new_zeros.default, aten.empty.memory_format),
+            ),
+            _sizes,
+        ),
+        **dict.fromkeys(
+            (
+                *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
+                *(aten.tensor_split.indices, aten.tensor_split.sections),
+            ),
+            _pieces,
+        ),
+        aten.slice.Tensor: _slice,
+        aten.narrow.default: _slice,
+        **dict.fromkeys(
+            (
+                *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding),
+                *(aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default),
+                *(aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+            ),
+            _groups_of_convolution,
+        ),
+        aten.group_norm.default: _groups_of_norm,
+        aten.channel_shuffle.default: _groups_of_shuffle,
+        aten.layer_norm.default: _normalized_shape,
+        aten.rms_norm.default: _normalized_shape,
+        aten.scaled_dot_product_attention.default: _scale,
+    }
+)
+"""What to do about the sizes in the arguments of each operator."""

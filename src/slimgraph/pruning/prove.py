@@ -1,0 +1,160 @@
+"""The proof of a pruning: the smaller program computes what the whole one does where the removed indices are zero."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import slimgraph.program.edit as edit
+from slimgraph.errors import ProgramError
+from slimgraph.program.program import Program
+from slimgraph.pruning.kept import Kept
+from slimgraph.pruning.plan import PruningPlan
+
+aten = torch.ops.aten
+
+TOLERANCE = 1e-9
+"""Of the range of an output: float64 rounding in another order stays far below it."""
+
+_SAMPLES = 2
+_NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
+# Everywhere else an index either goes through or is read by itself.
+_READERS = frozenset(
+    {
+        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"),
+        *("mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "lstm", "gru"),
+    }
+)
+
+
+def prove(program: Program, pruned: Program, kept: Kept, plan: PruningPlan) -> None:
+    """Return if the pruned program is the masked one, on random inputs in float64.
+
+    Raises:
+        ProgramError: it is not; the message tells how far the outputs are apart, and for which group alone.
+    """
+    apart = _largest_difference(program, pruned, kept)
+    if apart <= TOLERANCE:
+        return
+    names = ", ".join(group.name for group in plan.groups[:5]) + (" …" if len(plan.groups) > 5 else "")
+    raise ProgramError(
+        f"The pruned program differs from the masked one by {apart:.1e} of its outputs' range, where rounding stays "
+        f"below {TOLERANCE:.0e}. The plan prunes {len(plan.groups)} groups: {names}. This is a fault in how slimgraph "
+        "follows the program's axes: leave groups out until the proof holds, and report it."
+    )
+
+
+def _largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
+    inputs = _random_inputs(program)
+    with torch.no_grad():
+        whole = _in_double(program)
+        expected = _Masked(whole, dict(zip(whole.graph.nodes, program.graph.nodes, strict=True)), kept).run(*inputs)
+        found = fx.Interpreter(_in_double(pruned).graph_module).run(*inputs)
+    worst = 0.0
+    for wanted, got in zip(expected, found, strict=True):
+        if not wanted.is_floating_point() or not wanted.numel():
+            continue
+        finite = wanted.isfinite() & got.isfinite()
+        if not torch.equal(wanted.isfinite(), got.isfinite()):
+            return float("inf")
+        spread = wanted[finite].max() - wanted[finite].min() if bool(finite.any()) else torch.tensor(0.0)
+        change = (wanted - got)[finite].abs().max() if bool(finite.any()) else torch.tensor(0.0)
+        worst = max(worst, float(change / spread.clamp(min=float(wanted[finite].abs().max()) * 1e-3 + 1e-30)))
+    return worst
+
+
+def _in_double(program: Program) -> Program:
+    return program.copy().eval().double()
+
+
+def _random_inputs(program: Program) -> list[Tensor]:
+    """Inputs of every type; integers are small, since they may be indices."""
+    generator = torch.Generator().manual_seed(0)
+    signature = program.signature
+    sizes = dict(signature.example_sizes)
+    if signature.batch_axis is not None:
+        sizes[signature.batch_axis] = _SAMPLES
+    made = []
+    for spec in signature.inputs:
+        shape = spec.sized(sizes)
+        if spec.dtype.is_floating_point:
+            made.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+        elif spec.dtype == torch.bool:
+            made.append(torch.ones(shape, dtype=torch.bool))
+        else:
+            made.append(torch.randint(0, 2, shape, generator=generator, dtype=spec.dtype))
+    return made
+
+
+class _Masked(fx.Interpreter):
+    """Runs the whole program, with zeros for whoever sums over removed indices, and norms over the kept ones only."""
+
+    def __init__(self, whole: Program, originals: Mapping[fx.Node, fx.Node], kept: Kept) -> None:
+        super().__init__(whole.graph_module)
+        self._program = whole
+        self._originals = originals
+        self._kept = kept
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target in _NORMS:
+            return self._norm(n)
+        if n.op != "call_function" or _name(n) not in _READERS:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        masked = [self._zeroed(operand, value) for operand, value in zip(n.args, args, strict=True)]
+        return n.target(*masked, **kwargs)  # type: ignore[operator]
+
+    def _zeroed(self, operand: Any, value: Any) -> Any:
+        if isinstance(operand, (list, tuple)):
+            return [self._zeroed(each, one) for each, one in zip(operand, value, strict=True)]
+        if not isinstance(operand, fx.Node) or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        for axis, keep in enumerate(self._kept.masks(self._originals[operand])):
+            if not bool(keep.all()):
+                value = value * keep.to(value).reshape([-1 if other == axis else 1 for other in range(value.dim())])
+        return value
+
+    def _norm(self, n: fx.Node) -> Any:
+        """The norm of the kept indices, put back in their places; whatever stands at the others is masked later."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        operand: Any = n.args[0]
+        masks = self._kept.masks(self._originals[operand])
+        if all(bool(keep.all()) for keep in masks):
+            return n.target(*args, **kwargs)  # type: ignore[operator]
+        given = dict(zip((a.name for a in n.target._schema.arguments), args, strict=False)) | kwargs  # type: ignore[union-attr]
+        x = given["input"]
+        # The batch was traced with another size; nothing of it is removed.
+        stays = [
+            keep if len(keep) == size else torch.ones(size, dtype=torch.bool)
+            for keep, size in zip(masks, x.shape, strict=True)
+        ]
+        places = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays), indexing="ij")
+        small = x[places]
+        weight, bias = given.get("weight"), given.get("bias")
+        if n.target is aten.group_norm.default:
+            channels = stays[1]
+            groups = self._groups(n, channels)
+            weight, bias = (None if vector is None else vector[channels] for vector in (weight, bias))
+            new = F.group_norm(small, groups, weight, bias, given["eps"])
+        else:
+            count = len(given["normalized_shape"])
+            lasts = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays[-count:]), indexing="ij")
+            shape = list(small.shape[-count:])
+            weight, bias = (None if vector is None else vector[lasts] for vector in (weight, bias))
+            if n.target is aten.layer_norm.default:
+                new = F.layer_norm(small, shape, weight, bias, given["eps"])
+            else:
+                new = F.rms_norm(small, shape, weight, given["eps"])
+        result = torch.zeros_like(x)
+        result[places] = new
+        return result
+
+    def _groups(self, n: fx.Node, channels: Tensor) -> int:
+        groups = int(edit.arguments(n)["num_groups"])
+        return int(channels.reshape(groups, -1).any(dim=1).sum())
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target._schema.name).partition("::")[2] if hasattr(node.target, "_schema") else ""
