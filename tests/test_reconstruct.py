@@ -14,6 +14,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics
+from slimgraph.quantization.documented_reconstruction import reconstruct_as_documented
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest, on_grid
 from slimgraph.quantization.lockstep import Schedule, batches_of
 from slimgraph.quantization.placement import plan_quantization
@@ -377,7 +378,52 @@ def test_sequences_of_different_lengths_are_not_joined():
     assert learned.history[-1].parameters["samples"] == 12
 
 
+# The options of the documents
+
+
+def test_the_options_of_the_documents_say_regions_epochs_and_whether_activations_are_rounded():
+    prepared, plan = planned(network(), images())
+    learned, _ = reconstruct_as_documented(prepared, plan, images(), epochs=2, batch_size=16, samples=64)
+    said = learned.history[-1].parameters
+    assert (said["regions"], said["steps"], said["lr"], said["activations"]) == ("layer", 2 * 8, 0.1, False)
+    found, _ = reconstruct_as_documented(
+        prepared, plan, images(), recon_level="region-wise", epochs=1, simulate_activation_quant=True
+    )
+    said = found.history[-1].parameters
+    assert (said["regions"], said["drop"], said["activations"]) == ("block", 0.5, True)
+    given, _ = reconstruct_as_documented(
+        prepared, plan, images(), recon_level="region-wise", epochs=1,
+        regions=[("relu_0", "one/relu_1")], region_weights_names=[["one.second.weight"]],
+    )  # fmt: skip
+    changed = {n for n, w in given.state_dict().items() if not torch.equal(w, prepared.state_dict()[n])}
+    assert changed <= {"one.second.weight", "one.second.bias"}
+    assert given.history[-1].parameters["regions"] == ["relu_0 → one/relu_1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"recon_level": "layerwise"}, "Closest: layer-wise"),
+        ({"regions": [("x", "head")]}, "recon_level is 'layer-wise'"),
+        ({"recon_level": "region-wise", "region_weights_names": [["a"]]}, "1 lists of names for 0 regions"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_options_of_the_documents_that_contradict_each_other_are_refused(options, said):
+    prepared, plan = planned(network(), images())
+    with pytest.raises(ConfigError, match=said):
+        reconstruct_as_documented(prepared, plan, images(), **options)
+
+
 # What is promised of the result
+
+
+def test_it_learns_where_inference_mode_is_on():
+    with torch.inference_mode():
+        given = [x.clone() for x in images()]
+        prepared, plan = planned(network(), given)
+        learned, _ = reconstruct(prepared, plan, given, steps=3)
+    assert not any(tensor.is_inference() for tensor in learned.state_dict().values())
 
 
 @pytest.mark.parametrize("name", sorted(set(toys.TOYS) - {"Lstm", "Gru"}))

@@ -103,7 +103,7 @@ def learn_region(
     for step in range(recipe.steps):
         order = order or torch.randperm(len(teachers), generator=generator, device=span_device).tolist()
         batch = teachers[order.pop()]
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             ups = {node: layer.rounding.up() for node, layer in layers.items()}
             soft = {
                 node: LayerTensors(layer.rounding.soft(ups[node]), shifts.bias(node, layer))

@@ -177,7 +177,9 @@ def batches_of(program: Program, batches: Iterable[Any], *, samples: int, size: 
                 raise CalibrationError(
                     f"Input {name!r} has NaN or infinite values. Repair those samples, or leave them out."
                 )
-        found.append({name: x.to(program.device) for name, x in bound.items()})
+        # What was made in inference mode cannot take part in learning; a copy can.
+        given = {name: x.clone() if x.is_inference() else x for name, x in bound.items()}
+        found.append({name: x.to(program.device) for name, x in given.items()})
     if not found:
         raise CalibrationError("There is no batch. Give at least one; an iterator that was read before is empty.")
     return found

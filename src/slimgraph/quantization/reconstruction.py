@@ -29,6 +29,7 @@ MEMORY_BYTES = 2**30
 _PER_BATCH = 32
 
 
+@torch.inference_mode(mode=False)
 def reconstruct(
     program: Program,
     plan: QuantizationPlan,
@@ -36,6 +37,7 @@ def reconstruct(
     *,
     regions: Regions = "block",
     steps: int = 300,
+    epochs: int | None = None,
     samples: int = 1024,
     batch_size: int = _PER_BATCH,
     lr: float = 0.1,
@@ -63,6 +65,7 @@ def reconstruct(
         regions: "layer" for each layer with the activation function behind it; "block" for residual blocks and the
             like, as `block_regions` finds them; or regions: names of inputs and output.
         steps: of Adam, for each region.
+        epochs: passes over the samples for each region, in place of `steps`.
         samples: the first of these are used, or fewer where their values would take more than `memory_bytes`.
         batch_size: samples in a step.
         lr: of Adam, on the logits of the rounding; fewer steps want more of it.
@@ -80,7 +83,13 @@ def reconstruct(
         here they are found in the graph. The error is divided by that of rounding to the nearest, so that neither the
         learning rate nor the annealing depends on the scale of the values.
     """
-    _require(steps=steps, samples=samples, batch_size=batch_size, memory_bytes=memory_bytes)
+    _require(
+        steps=steps,
+        epochs=1 if epochs is None else epochs,
+        samples=samples,
+        batch_size=batch_size,
+        memory_bytes=memory_bytes,
+    )
     if not lr > 0 or not 0 <= drop <= 1:
         raise ConfigError(f"lr is {lr} and drop {drop}; lr is above 0, and drop from 0 to 1.")
     if plan.range_owners and not plan.ranges:
@@ -98,6 +107,7 @@ def reconstruct(
 
     schedule = Schedule(result, spans)
     data = batches_of(result, batches, samples=_affordable(result, schedule, samples, memory_bytes), size=batch_size)
+    steps = steps if epochs is None else epochs * len(data)
     real, quantized = Simulation(result), Simulation(result, reached if activations else None)
     lockstep = Lockstep(schedule, real, quantized, current, data)
     recipe = Recipe(steps=steps, lr=lr, drop=drop, biases=biases, annealing=annealing, seed=seed)
