@@ -24,6 +24,7 @@ from slimgraph.quantization.insertion import insert
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.quantize import prepare, quantize
+from slimgraph.quantization.reach import with_best_reach
 
 PER_TENSOR = ("abs_max", "range_abs_max", "moving_average_abs_max")
 PER_CHANNEL = ("channel_wise_abs_max", "lsq", "lsq_plus")
@@ -153,6 +154,50 @@ def test_corrected_biases_go_into_the_norms(program, plan, images):
     other.state_dict()["conv2.weight"].mul_(2)
     with pytest.raises(ConfigError, match="other biases"):
         prepare_qat(program, plan, repaired=other)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "simulate"])
+@pytest.mark.parametrize("weights", PER_TENSOR)
+def test_one_scale_for_a_weight_starts_there_too(target, weights, program, images):
+    plan = calibrated(program, images, target=target, weight_per_channel=False)
+    qat = prepare_qat(program, plan, weight_quantize_type=weights).eval()
+    assert_same_codes(qat(images[0]), apply_quantization(prepare(program, target=target), plan)(images[0]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "per_channel"),
+    [("channel_wise_abs_max", True), ("lsq", True), *((weights, False) for weights in ("lsq", *PER_TENSOR))],
+)
+def test_grids_begin_where_the_plan_lets_them_reach(weights, per_channel, program, images):
+    options = {"target": "simulate", "weight_bits": 3, "weight_per_channel": per_channel}
+    prepared = prepare(program, target="simulate")
+    near = calibrated(program, images, **options)
+    plan = with_best_reach(prepared, near)
+    qat = prepare_qat(program, plan, weight_quantize_type=weights).eval()
+    wanted = apply_quantization(prepared, plan)(images[0])
+    assert_same_codes(qat(images[0]), wanted)
+    assert (apply_quantization(prepared, near)(images[0]) - wanted).abs().max() > wanted.std() / 10
+    train(qat, images)
+    assert_same_codes(qat.eval()(images[0]), deployed(qat)(images[0]))
+
+
+def test_weights_that_were_rounded_by_learning_are_where_training_begins(program, images):
+    plan = calibrated(program, images, target="simulate", weight_bits=4)
+    prepared = prepare(program, target="simulate")
+    flipped = prepared.copy()  # as learned rounding does: codes of a grid, and not the nearest ones
+    reach = {}
+    for planned in plan.weights:
+        weight = flipped.state_dict()[planned.weight]
+        others = [a for a in range(weight.dim()) if a != planned.scheme.axis]
+        largest = weight.abs().amax(others)
+        scale = (largest / 7).reshape([-1 if a == planned.scheme.axis else 1 for a in range(weight.dim())])
+        weight.copy_((weight / scale).floor().clamp(-7, 7) * scale)
+        reach[planned.value] = tuple(largest.tolist())
+    plan = dataclasses.replace(plan, weight_reach=reach)
+    qat = prepare_qat(program, plan, repaired=flipped).eval()
+    wanted = apply_quantization(flipped, plan)(images[0])
+    assert_same_codes(qat(images[0]), wanted)
+    assert (apply_quantization(prepared, plan)(images[0]) - wanted).abs().max() > wanted.std() / 10
 
 
 def test_a_cold_start_is_that_of_the_documents(program, plan):

@@ -32,7 +32,9 @@ def insert(
 
     The plan may speak of the folded program (`quantize.prepare`): what it says of a layer that takes a batch norm is
     meant for the norm's result. Weights are rounded as they will be after folding: a scale for each channel is the
-    same before and after; one for the whole weight is taken of the weight times what folding multiplies it by.
+    same before and after; one for the whole weight is taken of the weight times what folding multiplies it by. Where
+    the plan says how far the grid of a weight reaches, a learned or followed range begins there, and one that is taken
+    of the weight anew stays that part of it.
 
     Operators that only move values get no second quantizer: rounding again what lies on the grid changes nothing.
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, ProgramError
 from slimgraph.program.fake_quantize import LEARNED_FAKE_QUANTIZE, PACT, is_fake_quantized
-from slimgraph.program.fold import OUTPUT_AXIS, fold_batch_norm, foldable_norms, set_bias
+from slimgraph.program.fold import OUTPUT_AXIS, fold_batch_norm, foldable_norms, norm_gain, set_bias
 from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
 from slimgraph.program.names import unused
 from slimgraph.program.program import Program, require_program
@@ -44,11 +44,13 @@ def prepare_qat(
     Args:
         program: the float program, batch norms not folded; it stays as it is.
         plan: with ranges, made for `quantize.prepare(program)`.
-        repaired: what `correct_bias` gave for the prepared program. The same shifts go into the biases of batch norms.
+        repaired: what `correct_bias`, `reconstruct` or `gptq` gave for the prepared program. Shifts of biases go into
+            those of batch norms, and weights are what folding makes the repaired ones of; with the reach of the grids
+            that the plan has, they are on their grids already.
         weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, warm: as for `insert`.
     Raises:
         ConfigError: an option is wrong, the plan has no ranges or speaks of another program, or `repaired` differs in
-            more than biases.
+            more than biases and the rounding of weights.
         ProgramError: the program is none, or is quantized already.
     """
     require_program(program)
@@ -59,7 +61,7 @@ def prepare_qat(
         spelled = spell_out_attention(program)  # for targets that compute it in integers
     require_values(spelled, plan)
     if repaired is not None:
-        spelled = _with_biases_of(repaired, spelled)
+        spelled = _with_repairs_of(repaired, spelled)
     inserted = insert(
         spelled,
         plan,
@@ -76,26 +78,25 @@ def prepare_qat(
     return inserted
 
 
-def _with_biases_of(repaired: Program, program: Program) -> Program:
-    """The unfolded program, biases moved so that folding gives those of `repaired`."""
+def _with_repairs_of(repaired: Program, program: Program) -> Program:
+    """The unfolded program, weights and biases moved so that folding gives those of `repaired`."""
     folded = remove_dropout(fold_batch_norm(program))
-    if (folded.values.keys() != repaired.values.keys()) or not _same_weights(folded, repaired):
-        raise ConfigError(
-            "`repaired` is not this program with other biases. Give what correct_bias made of `prepare(program)`, and "
-            "no program whose weights were repaired."
-        )
+    if folded.values.keys() != repaired.values.keys():
+        raise ConfigError(_NO_REPAIR)
     moved = program.copy()
     readers = edit.count_readers(moved.graph_module)
     norms = foldable_norms(moved)
     values = moved.values
+    seen = set[str]()
     for name, node in folded.values.items():
         if node.target not in OUTPUT_AXIS:
             continue
-        before, after = _bias(folded, node), _bias(repaired, repaired.values[name])
+        layer, other = values[name], repaired.values[name]
+        _move_weight(moved, layer, norms.get(layer, ()), _weight(folded, node), _weight(repaired, other), seen)
+        before, after = _bias(folded, node), _bias(repaired, other)
         if after is None or (before is not None and torch.equal(before, after)):
             continue
         shift = after if before is None else after - before
-        layer = values[name]
         if layer in norms:
             _shift_norm(moved, norms[layer][-1], shift)
         else:
@@ -106,20 +107,54 @@ def _with_biases_of(repaired: Program, program: Program) -> Program:
     return edit.finish(moved)
 
 
+_NO_REPAIR = (
+    "`repaired` is not this program with other biases and rounded weights. Give what correct_bias, reconstruct or gptq "
+    "made of `prepare(program)`, and no program whose channels were scaled: batch norms would undo that."
+)
+
+_MOST_SCALING = 1.5
+"""Rounding to three levels does not change the size of a weight by more."""
+
+
+def _move_weight(
+    program: Program,
+    layer: fx.Node,
+    norms: tuple[fx.Node, ...],
+    before: Tensor | None,
+    after: Tensor | None,
+    seen: set[str],
+) -> None:
+    """Change a weight so that folding gives `after`, where it gave `before`."""
+    if before is None and after is None:
+        return
+    if before is None or after is None or before.shape != after.shape:
+        raise ConfigError(_NO_REPAIR)
+    source = layer.args[1]
+    assert isinstance(source, fx.Node)
+    name = str(source.target)
+    if torch.equal(before, after) or name in seen:
+        return
+    seen.add(name)
+    size = float((before * after).sum() / before.square().sum())
+    if not 1 / _MOST_SCALING <= size <= _MOST_SCALING:
+        raise ConfigError(_NO_REPAIR)
+    weight = edit.tensor_named(program.graph_module, name)
+    change = after - before
+    for norm in norms:
+        gain = norm_gain(program, norm, weight, OUTPUT_AXIS[layer.target])  # type: ignore[index]
+        change = torch.where(gain == 0, 0.0, change / gain)
+    moved = (weight.detach().double() + change).to(weight.dtype)
+    edit.set_tensor(program.graph_module, name, moved, trainable=weight.requires_grad)
+
+
+def _weight(program: Program, layer: fx.Node) -> Tensor | None:
+    weight = edit.constant_of(program.graph_module, layer.args[1])
+    return None if weight is None else weight.detach().double()
+
+
 def _bias(program: Program, layer: fx.Node) -> Tensor | None:
     bias = edit.constant_of(program.graph_module, edit.arguments(layer)["bias"])
     return None if bias is None else bias.detach().double()
-
-
-def _same_weights(one: Program, other: Program) -> bool:
-    for name, node in one.values.items():
-        if node.target in OUTPUT_AXIS:
-            pair = [edit.constant_of(p.graph_module, p.values[name].args[1]) for p in (one, other)]
-            if any(weight is not None for weight in pair) and (
-                pair[0] is None or pair[1] is None or not torch.equal(pair[0], pair[1])
-            ):
-                return False
-    return True
 
 
 def _shift_norm(program: Program, norm: fx.Node, shift: Tensor) -> None:
