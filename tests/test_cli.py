@@ -447,6 +447,37 @@ def test_compress_exits_with_3_when_more_is_lost_than_allowed_and_writes_all_the
     assert (tmp_path / "o" / "model.onnx").is_file()
 
 
+def test_without_labels_a_destroyed_output_is_told_first_and_ends_with_3(module, tmp_path):
+    """One channel is so large that the others are less than a step of eight bits, and only they are used."""
+    module(
+        "lost",
+        """
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+                with torch.no_grad():
+                    self.conv1.weight[0] *= 10_000
+                    self.conv2.weight[:, 0] = 0
+
+            def forward(self, image):
+                return self.conv2(torch.relu(self.conv1(image)))
+        """,
+    )
+    data = write_npz(tmp_path / "data.npz", image=images(8))
+    given = ("compress", "lost:Net", "--input", "1,1,8,8", "--data", data, "--out", "o")
+    found = answer(*given, exit_code=3)
+    assert found["headline"].startswith("THE OUTPUT IS ONLY ")
+    assert "AND 80.0 % IS THE LEAST" in found["headline"]
+    assert "--skip PATTERN" in found["advice"]
+    assert "--eval-data with labels" in found["advice"]
+    assert any("Closeness is 1 − |difference| ÷ |original's output|" in notice["text"] for notice in found["notices"])
+    assert answer(*given, "--max-drop", "1")["advice"] is None
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
     before = set(tmp_path.iterdir())
     plan = answer("compress", model_file("net.pt2"), "--data", "digits", "--dry-run", "--skip", "fc")

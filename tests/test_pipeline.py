@@ -267,13 +267,20 @@ def test_agreement_counts_equal_classes():
     assert -1.0 <= low <= -0.5 <= high <= 0.0
 
 
-def test_without_classes_the_closeness_of_the_output_is_told_and_not_limited():
+@pytest.mark.parametrize(
+    ("part", "max_drop", "exceeded"), [(0.9, 0.01, False), (0.79, 0.01, True), (0.79, 0.3, False), (0.0, 0.3, True)]
+)
+def test_without_classes_a_fifth_of_the_closeness_of_the_output_may_be_lost_or_what_is_asked_for(
+    part, max_drop, exceeded
+):
     batches = [Batch({"x": torch.ones(2, 3, 4)}, None)]
-    found = measure_agreement(lambda x: x, lambda x: 0.9 * x, batches, max_drop=0.01, seed=0)
+    found = measure_agreement(lambda x: x, lambda x: part * x, batches, max_drop=max_drop, seed=0)
     assert (found.name, found.kind) == ("closeness to the original's output", "closeness")
-    assert found.after == pytest.approx(0.9)
-    assert not found.exceeds_max_drop
-    assert "was not applied" in next(metric_notices(found, on_calibration_data=False, limit=0.01)).text
+    assert found.after == pytest.approx(part)
+    assert found.exceeds_max_drop == exceeded
+    (told,) = metric_notices(found, on_calibration_data=False, limit=max_drop)
+    assert "Closeness is 1 − |difference| ÷ |original's output|" in told.text
+    assert f"{100 * max(max_drop, 0.2):g} points may be lost" in told.text
 
 
 @pytest.mark.parametrize(("form", "returned"), [("tensor", np.ndarray), ("tuple", tuple), ("dict", dict)])

@@ -13,7 +13,7 @@ from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import MetricResult
 from slimgraph.report.headline import SAME_LATENCY
-from slimgraph.report.words import percent
+from slimgraph.report.words import percent, points
 
 _NAMED = 8
 """Layers that a notice names; of more it gives the number."""
@@ -96,12 +96,31 @@ def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: fl
             text="No evaluation data were given, so both models were compared on the data that the ranges were chosen "
             "from. Labelled data of its own would show the accuracy.",
         )
-    if metric.max_drop is None:
+    if metric.kind == "closeness" and metric.max_drop is not None:
         yield Notice(
             level="notice",
-            text=f"The largest allowed drop of {limit:g} was not applied: without labels and without scores of classes "
-            "there is nothing that it could limit.",
+            text="Closeness is 1 − |difference| ÷ |original's output|, each the square root of a sum of squares, of "
+            "the output that differs most: 100 % is equal, 90 % is 20 dB of signal over noise, 0 % is no likeness. It "
+            f"says nothing about how many answers are right. The allowed drop of {limit:g} is meant for answers; of "
+            f"closeness {points(metric.max_drop)} may be lost.",
         )
+
+
+def bits_notices(mixed: MixedBits | None) -> Iterator[Notice]:
+    """Which bits were chosen, and what they cost."""
+    if mixed is None:
+        return
+    layers: defaultdict[int, list[str]] = defaultdict(list)
+    for name, bits in mixed.weights.items():
+        layers[bits].append(name)
+    parts = [
+        f"{_listed(names)} {f'{bits} bits' if bits != FLOAT else 'float'}" for bits, names in sorted(layers.items())
+    ]
+    yield Notice(
+        level="notice",
+        text=f"Of the choices within {mixed.budget} that with the least noise is {'; '.join(parts)}. It has "
+        f"{mixed.cost:.3g} of the original's {mixed.budget.kind}, as counted before.",
+    )
 
 
 def count_notices(counted: Count) -> Iterator[Notice]:

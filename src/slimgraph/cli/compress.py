@@ -18,9 +18,21 @@ if TYPE_CHECKING:
     from slimgraph.auto.pipeline import Compression
     from slimgraph.program.program import Program
     from slimgraph.quantization.plan import QuantizationPlan
+    from slimgraph.report.facts import MetricResult
     from slimgraph.training.data import DataSource
 
 DROP_EXCEEDED = 3
+
+
+def _advice(metric: "MetricResult") -> str:
+    """What may help against too large a drop."""
+    spare = "" if metric.kind == "accuracy" else "--control, which leaves layers in float till enough is kept; "
+    judge = "" if metric.kind == "accuracy" else " --eval-data with labels measures what it means for the answers."
+    return (
+        f"Do not use it as it is. What may help: {spare}--skip PATTERN for the layers with the lowest signal-to-noise "
+        "ratio in report.html; another --algorithm, as KL or mse; more --data, and such as the model will see. If so "
+        f"much may be lost, say so with --max-drop.{judge}"
+    )
 
 
 @command
@@ -79,7 +91,9 @@ def compress(
     """Compress MODEL to int8: writes model.onnx, model.pt2, report.html and report.json.
 
     Ranges are calibrated on --data, of which a few hundred samples are enough. Exit code 3 says that more was lost than
-    --max-drop allows; the files are written all the same.
+    --max-drop allows; the files are written all the same. What is lost is the metric on labelled --eval-data; without
+    labels the fraction of samples whose greatest class is another one; and where the outputs are no scores of classes,
+    closeness, 1 - |difference| / |original's output|, of which at least 0.2 may be lost.
     """
     if out is None and not dry_run:
         raise ConfigError("Give --out, the folder of the result, or --dry-run to see the plan only.")
@@ -147,6 +161,7 @@ def told(result: "Compression") -> Answer:
     from slimgraph.report.page import summary
 
     report = result.report
+    advice = _advice(report.metric) if result.drop_exceeded and report.metric is not None else None
     numbers = table("", report.original.label, report.compressed.label, "change")
     for line in summary(report):
         numbers.add_row(line.quantity, line.before, line.after, line.change)
@@ -154,6 +169,7 @@ def told(result: "Compression") -> Answer:
         data={
             "headline": report.headline.text,
             "drop_exceeded": result.drop_exceeded,
+            "advice": advice,
             "metric": report.metric,
             "size_bytes_before": report.original.size_bytes,
             "size_bytes_after": report.compressed.size_bytes,
@@ -163,6 +179,7 @@ def told(result: "Compression") -> Answer:
         },
         shown=(
             report.headline.text,
+            *([advice] if advice else []),
             numbers,
             *(f"{notice.level.capitalize()}: {notice.text}" for notice in report.notices),
             f"Written: {', '.join(str(path) for path in result.files.values())}",

@@ -17,7 +17,7 @@ class Headline:
     """What a reader must know if nothing else is read."""
 
     tone: Literal["good", "caution", "bad"]
-    """`caution`: something was not measured. `bad`: slower, larger, or worse than allowed."""
+    """`caution`: something was not measured or not gained. `bad`: slower, larger, or worse than allowed."""
     alarms: tuple[str, ...]
     """What is not as it should be, worst first."""
     summary: str
@@ -104,6 +104,9 @@ def _bad_news(
     news = []
     if metric is not None and not isfinite(metric.after):
         news.append(f"{metric.name} is {number(metric.after)}")
+    elif metric is not None and metric.exceeds_max_drop and metric.max_drop is not None and metric.kind == "closeness":
+        least = percent(1 - metric.max_drop)
+        news.append(f"the output is only {percent(metric.after)} close to the original's, and {least} is the least")
     elif metric is not None and metric.exceeds_max_drop and metric.max_drop is not None:
         what = "agreement" if metric.kind == "agreement" else metric.name
         news.append(f"{what} drops by more than the allowed {difference_text(metric, metric.max_drop)}")
@@ -116,6 +119,8 @@ def _bad_news(
 
 def _gaps(metric: MetricResult | None, latency: LatencyComparison | None) -> list[str]:
     gaps = []
+    if latency is not None and abs(latency.latency_ratio - 1) <= SAME_LATENCY:
+        gaps.append("no faster than the original")
     if metric is None:
         gaps.append("accuracy not measured")
     elif metric.kind == "agreement":
