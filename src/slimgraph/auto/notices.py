@@ -106,23 +106,6 @@ def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: fl
         )
 
 
-def bits_notices(mixed: MixedBits | None) -> Iterator[Notice]:
-    """Which bits were chosen, and what they cost."""
-    if mixed is None:
-        return
-    layers: defaultdict[int, list[str]] = defaultdict(list)
-    for name, bits in mixed.weights.items():
-        layers[bits].append(name)
-    parts = [
-        f"{_listed(names)} {f'{bits} bits' if bits != FLOAT else 'float'}" for bits, names in sorted(layers.items())
-    ]
-    yield Notice(
-        level="notice",
-        text=f"Of the choices within {mixed.budget} that with the least noise is {'; '.join(parts)}. It has "
-        f"{mixed.cost:.3g} of the original's {mixed.budget.kind}, as counted before.",
-    )
-
-
 def count_notices(counted: Count) -> Iterator[Notice]:
     """What the number of multiply–accumulates leaves out."""
     if counted.uncounted:
