@@ -25,6 +25,7 @@ PUBLIC = [
     "TrainingError",
     "UnknownNameError",
     "__version__",
+    "analyze",
     "capture",
     "compare",
     "compress",

@@ -80,7 +80,7 @@ def page():
     return render_page(sample_report(title="y" * 300, layers=(*sample_layers(), *long_names)))
 
 
-def look(page, tmp_path, *, width, dark):
+def look(page, tmp_path, *, width, dark, probe=PROBE):
     """What a script finds in the page when it is `width` pixels wide.
 
     A headless window is never narrower than 500 pixels, a frame may be. The page's policy, which would forbid the
@@ -88,7 +88,7 @@ def look(page, tmp_path, *, width, dark):
     """
     relaxed, replaced = re.subn(r"script-src 'sha256-[^']*'", "script-src 'unsafe-inline'", page)
     assert replaced == 1
-    content = html.escape(relaxed.replace("</body>", PROBE + "</body>"))
+    content = html.escape(relaxed.replace("</body>", probe + "</body>"))
     frame = f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{content}"></iframe>'
     file = tmp_path / "frame.html"
     file.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frame}</body>', encoding="utf-8")

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slimgraph.auto.analyze import analyze
     from slimgraph.auto.pipeline import compress
     from slimgraph.deploy.compare import compare
     from slimgraph.deploy.latency import measure_latency
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "__version__",
+    "analyze",
     "capture",
     "compare",
     "compress",
@@ -70,6 +72,7 @@ _HOMES = {
     "SlimgraphError": "slimgraph.errors",
     "TrainingError": "slimgraph.errors",
     "UnknownNameError": "slimgraph.errors",
+    "analyze": "slimgraph.auto.analyze",
     "capture": "slimgraph.program.capture",
     "compare": "slimgraph.deploy.compare",
     "compress": "slimgraph.auto.pipeline",

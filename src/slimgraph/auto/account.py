@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from slimgraph.auto.layers import layer_rows, range_histograms
+from slimgraph.auto.layers import layer_rows, most_damaged, range_histograms
 from slimgraph.auto.measurements import Measurements
 from slimgraph.auto.notices import count_notices
 from slimgraph.deploy.kernels import KernelCount
@@ -12,7 +12,8 @@ from slimgraph.program.program import Program
 from slimgraph.quantization.quantize import Quantization
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.environment import read_environment
-from slimgraph.report.facts import IntegerKernels, ModelFacts
+from slimgraph.report.facts import AccuracyControl, IntegerKernels, ModelFacts
+from slimgraph.report.losses import LossAccount
 
 
 def with_result(quantized: Quantization, found: Measurements) -> Program:
@@ -42,6 +43,8 @@ def report_of(
     title: str,
     command: str,
     after: Program,
+    control: AccuracyControl | None = None,
+    losses: LossAccount | None = None,
 ) -> Report:
     """The report of a compression; `after` is the program with its result."""
     before_count, after_count = count(quantized.prepared), count(after)
@@ -50,13 +53,18 @@ def report_of(
         original=_facts("float", found.size_bytes_before, before_count, found.kernels_before),
         compressed=_facts("int8", found.size_bytes_after, after_count, found.kernels_after),
         metric=found.metric,
+        control=control,
         latency=found.latency,
         environment=read_environment(),
         command=command,
         created=datetime.now(UTC).replace(microsecond=0),
         layers=layer_rows(quantized.prepared, quantized.plan, before_count, after_count, found.comparison),
+        losses=losses,
         histograms=range_histograms(
-            quantized.plan, quantized.statistics, found.comparison, algorithm=quantized.algorithm
+            quantized.plan,
+            quantized.statistics,
+            most_damaged(quantized.plan, found.comparison),
+            algorithm=quantized.algorithm,
         ),
         history=after.history,
         notices=(*notices, *count_notices(before_count)),

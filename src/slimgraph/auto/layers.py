@@ -1,6 +1,6 @@
 """Tell layer by layer what quantization did: how each computes, on which range, with which error."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from slimgraph.deploy.compare import Comparison
 from slimgraph.program.count import Count
 from slimgraph.program.names import value_of
 from slimgraph.program.program import Program
+from slimgraph.program.scheme import quantize
 from slimgraph.quantization.operators import data_inputs, rectified_range
 from slimgraph.quantization.plan import ActivationQuantizer, QuantizationPlan, WeightQuantizer
 from slimgraph.quantization.statistics import ValueStatistics
@@ -42,7 +43,8 @@ def layer_rows(
     for row in before.rows:
         node = values.get(row.value)
         written = row.value if node is None else _written_value(node, quantizers)
-        low, high, scale = _grid(quantizers.get(written), plan)
+        quantizer = quantizers.get(written)
+        low, high, scale = (None, None, None) if quantizer is None else grid_of_value(quantizer, plan)
         rows.append(
             LayerRow(
                 name=row.value,
@@ -62,22 +64,32 @@ def layer_rows(
     return tuple(rows)
 
 
+def most_damaged(plan: QuantizationPlan, comparison: Comparison) -> list[str]:
+    """The values that own a range whose pictures are shown, the most damaged first."""
+    damage = {row.value: place for place, row in enumerate(comparison.rows)}
+    return sorted(plan.ranges, key=lambda name: damage.get(name, len(damage)))[:_HISTOGRAMS]
+
+
 def range_histograms(
-    plan: QuantizationPlan, statistics: Mapping[str, ValueStatistics], comparison: Comparison, *, algorithm: str
+    plan: QuantizationPlan,
+    statistics: Mapping[str, ValueStatistics],
+    values: Iterable[str],
+    *,
+    algorithm: str,
 ) -> tuple[ValueHistogram, ...]:
-    """How the values that own a range are distributed, and the range: the most damaged ones, worst first.
+    """How those of the values that own a range are distributed, and the range.
 
     Args:
         plan: with ranges.
         statistics: with histograms.
-        comparison: tells the damage.
         algorithm: what chose the ranges.
     """
-    damage = {row.value: place for place, row in enumerate(comparison.rows)}
-    owners = sorted(
-        (name for name in plan.ranges if name in statistics), key=lambda name: damage.get(name, len(damage))
+    schemes = {quantizer.value: quantizer for quantizer in plan.activations}
+    return tuple(
+        _histogram(schemes[name], statistics[name], plan, algorithm)
+        for name in dict.fromkeys(values)
+        if name in plan.ranges and name in statistics
     )
-    return tuple(_histogram(name, statistics[name], plan, algorithm) for name in owners[:_HISTOGRAMS])
 
 
 def _written_value(node: fx.Node, quantizers: Mapping[str, ActivationQuantizer]) -> str:
@@ -89,12 +101,8 @@ def _written_value(node: fx.Node, quantizers: Mapping[str, ActivationQuantizer])
     return own
 
 
-def _grid(
-    quantizer: ActivationQuantizer | None, plan: QuantizationPlan
-) -> tuple[float, float, float] | tuple[None, None, None]:
+def grid_of_value(quantizer: ActivationQuantizer, plan: QuantizationPlan) -> tuple[float, float, float]:
     """Lowest and highest real value that the codes stand for, and the scale."""
-    if quantizer is None:
-        return (None, None, None)
     low, high = plan.ranges[quantizer.range_of]
     step, zero = quantizer.scheme.parameters(torch.tensor(low), torch.tensor(high))
     scale, zero_point = step.item(), int(zero.item())
@@ -117,13 +125,24 @@ def _scheme(
     return "float"
 
 
-def _histogram(name: str, seen: ValueStatistics, plan: QuantizationPlan, algorithm: str) -> ValueHistogram:
+def _histogram(
+    quantizer: ActivationQuantizer, seen: ValueStatistics, plan: QuantizationPlan, algorithm: str
+) -> ValueHistogram:
+    name, scheme = quantizer.value, quantizer.scheme
     density, (low, high) = seen.density(), plan.ranges[name]
     first, last = float(density.edges[0]), float(density.edges[-1])
     if first == last:
         edges, counts = np.array([first, last]), np.array([density.counts.sum()])
     else:
         edges, counts = np.linspace(first, last, _BINS + 1), density.rebinned(first, last, _BINS)
+    ends = torch.tensor([low, high], dtype=torch.float32)
+    codes = quantize(ends, *scheme.parameters(ends[0], ends[1]), scheme).tolist()
     return ValueHistogram(
-        name=name, edges=tuple(edges.tolist()), counts=tuple(counts.tolist()), low=low, high=high, algorithm=algorithm
+        name=name,
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+        low=low,
+        high=high,
+        algorithm=algorithm,
+        codes=(codes[0], codes[1]),
     )

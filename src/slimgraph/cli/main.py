@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimgraph import __version__
+from slimgraph.cli.analyze import analyze
 from slimgraph.cli.bench import bench
 from slimgraph.cli.command import report_error
 from slimgraph.cli.compress import compress
@@ -60,7 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-for _command in (demo, inspect, compress, evaluate, bench, convert, verify, doctor, targets):
+for _command in (demo, inspect, compress, analyze, evaluate, bench, convert, verify, doctor, targets):
     app.command()(_command)
 
 

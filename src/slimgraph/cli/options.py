@@ -49,6 +49,27 @@ Data = Annotated[
         "data.npz[:256] takes the first 256 samples.",
     ),
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="Where it will run: onnxruntime (the variant for this processor), onnxruntime-avx2, tensorrt, "
+        "openvino, mobile, simulate.",
+    ),
+]
+Algorithm = Annotated[
+    str,
+    typer.Option("--algorithm", help="How ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        metavar="PATTERN",
+        help="Layers that stay float: a name, a glob as 'head.*', re:PATTERN or op:NAME. Any number of times.",
+        show_default=False,
+    ),
+]
 Metric = Annotated[
     str, typer.Option("--metric", metavar="NAME", help="top1, top5 or module:callable; higher is better.")
 ]

@@ -14,7 +14,7 @@ from slimgraph.errors import CalibrationError
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.causes import ACTIVATION_RULES, WEIGHT_RULES, Shown
+from slimgraph.quantization.causes import ACTIVATION_RULES, OUTLIER_ADVICE, WEIGHT_RULES, Shown, outlier_channel
 from slimgraph.quantization.correct_bias import first_samples
 from slimgraph.quantization.evidence import (
     ActivationEvidence,
@@ -78,25 +78,10 @@ class LayerAnalysis:
     """Layers that have to stay float for these quantizers to go."""
     spread: Spread | None
     """Of the channels of what becomes integers."""
-
-    @property
-    def skip_options(self) -> str:
-        """The options of the command line that keep the layers float."""
-        return _options(self.skip)
-
-    @property
-    def advice(self) -> str:
-        """What to do, in a line; empty where there is nothing to do."""
-        if self.causes:
-            return self.causes[0].advice
-        return self.skip_options if self.share >= _NOTABLE else ""
-
-    @property
-    def why(self) -> str:
-        """The causes with their numbers, in a line."""
-        if self.causes:
-            return "; ".join(f"{cause.name} ({cause.quantizer}): {cause.text}" for cause in self.causes)
-        return "no fault of its own: the outputs depend on it" if self.share >= _NOTABLE else ""
+    why: str
+    """The causes with their numbers, in a line; also that there is none, where the layer costs much."""
+    advice: str
+    """What to do, in a line; empty where there is nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +199,12 @@ class _Rows:
         written = next((each.name for each in quantizers if each.kind == "activation"), name)
         divergences = [each.divergence for each in quantizers if each.divergence is not None]
         worst_first = sorted(quantizers, key=lambda each: -each.noise)
-        causes = map(self._cause, worst_first)
+        found = tuple(cause for cause in map(self._cause, worst_first) if cause is not None)
+        skip = self._skip(worst_first[0])
+        why = "; ".join(f"{cause.name} ({cause.quantizer}): {cause.text}" for cause in found)
+        advice = found[0].advice if found else ""
+        if not found and noise >= _NOTABLE * self._total > 0:
+            why, advice = self._without_fault(worst_first[0], _options(skip))
         seen = self._evidence.get(written)
         return LayerAnalysis(
             name=name,
@@ -225,10 +215,21 @@ class _Rows:
             weight_share=of_weight / noise if noise else 0.0,
             divergence=sum(divergences) if divergences else None,
             snr_db=self._snr_db.get(written, self._snr_db.get(name)),
-            causes=tuple(cause for cause in causes if cause is not None),
-            skip=self._skip(worst_first[0]),
+            causes=found,
+            skip=skip,
             spread=None if seen is None else seen.spread,
+            why=why,
+            advice=advice,
         )
+
+    def _without_fault(self, quantizer: QuantizerSensitivity, options: str) -> tuple[str, str]:
+        """What is said of a layer that costs much though nothing is wrong with it, and what to do."""
+        read = self._weights[quantizer.name].input if quantizer.kind == "weight" else None
+        seen = self._evidence.get(read or "")
+        stands_out = None if seen is None else outlier_channel(seen)
+        if stands_out is not None:
+            return f"no fault of its own, but it reads {read}: {stands_out.text}", OUTLIER_ADVICE.format(skip=options)
+        return "no fault of its own: the outputs depend on it", options
 
     def _cause(self, quantizer: QuantizerSensitivity) -> Cause | None:
         """The first fault that the quantizer has; one that changes nothing has none."""
@@ -288,6 +289,6 @@ def _written(name: str, shown: Shown, advice: str, quantizer: QuantizerSensitivi
         name=name,
         quantizer=quantizer.kind,
         text=shown.text,
-        advice=advice.replace("{skip}", options or "keep it in float"),
+        advice=advice.format(skip=options or "keep it in float"),
         channel=shown.channel,
     )

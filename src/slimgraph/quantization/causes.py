@@ -137,7 +137,8 @@ def _sum(seen: ActivationEvidence) -> Shown | None:
     )
 
 
-def _outlier_channel(seen: ActivationEvidence) -> Shown | None:
+def outlier_channel(seen: ActivationEvidence) -> Shown | None:
+    """One channel that reaches far beyond the others, for which all of them have a wide step."""
     if seen.spread is None or len(seen.spread.low) < FEWEST_CHANNELS:
         return None
     reach = np.minimum(seen.spread.reach, max(map(abs, seen.grid)))  # what is cut off takes no codes
@@ -242,6 +243,8 @@ def _outlier_weights(seen: WeightEvidence) -> Shown | None:
 
 # The tables. The first rule that holds names the cause: what explains more stands before what follows from it.
 
+OUTLIER_ADVICE = "smooth or equalize the channels (Repairs(smooth=True), Repairs(equalize=True)); else {skip}"
+
 ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     Rule(
         "unsigned/signed mismatch",
@@ -260,8 +263,8 @@ ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     ),
     Rule(
         "outlier channel",
-        _outlier_channel,
-        "smooth or equalize the channels (Repairs(smooth=True), Repairs(equalize=True)); else {skip}",
+        outlier_channel,
+        OUTLIER_ADVICE,
     ),
     Rule(
         "outlier values",

@@ -11,8 +11,9 @@ from typing import Literal
 from slimgraph.deploy.latency import LatencyComparison
 from slimgraph.program.program import HistoryEntry, Json
 from slimgraph.report.environment import Environment
-from slimgraph.report.facts import MetricResult, ModelFacts
+from slimgraph.report.facts import AccuracyControl, MetricResult, ModelFacts
 from slimgraph.report.headline import Headline, headline
+from slimgraph.report.losses import LossAccount
 
 SCHEMA_VERSION = 1
 """Of `report.json`. A new key leaves it; a key that goes away or changes its meaning raises it."""
@@ -55,6 +56,8 @@ class ValueHistogram:
     """Values outside `low` … `high` saturate."""
     algorithm: str = ""
     """What chose the range."""
+    codes: tuple[int, int] | None = None
+    """The codes that stand for `low` and `high`."""
 
     def __post_init__(self) -> None:
         assert len(self.edges) == len(self.counts) + 1 >= 2
@@ -107,6 +110,10 @@ class Report:
     histograms: tuple[ValueHistogram, ...] = ()
     history: tuple[HistoryEntry, ...] = ()
     notices: tuple[Notice, ...] = ()
+    control: AccuracyControl | None = None
+    """None: nothing had to be done, or should be, to keep within the drop that is allowed."""
+    losses: LossAccount | None = None
+    """None: it was not analyzed."""
 
     def __post_init__(self) -> None:
         assert self.created.tzinfo is not None
@@ -163,8 +170,8 @@ def _escaped(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 
 
-def as_json(report: Report) -> dict[str, Json]:
-    """The report as plain JSON values, numbers that were computed from others included.
+def as_json(report: object) -> dict[str, Json]:
+    """A report, this or another dataclass, as plain JSON values; numbers that were computed from others included.
 
     NaN and infinity become None; the key `missing` has the reason for each, under its JSON pointer (RFC 6901). Any
     other None was not measured or does not apply.
@@ -175,6 +182,6 @@ def as_json(report: Report) -> dict[str, Json]:
     return {"schema_version": SCHEMA_VERSION, **content, "missing": missing}
 
 
-def to_json(report: Report) -> str:
-    """Text of `report.json`: equal reports give equal text."""
+def to_json(report: object) -> str:
+    """Text of the JSON file of a report: equal reports give equal text."""
     return json.dumps(as_json(report), indent=2, allow_nan=False) + "\n"

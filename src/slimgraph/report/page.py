@@ -1,25 +1,18 @@
 """The report as files: one HTML page that needs nothing but itself, and the same content as JSON."""
 
-import base64
-import hashlib
-import json
-import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from slimgraph.files import output_directory, write_text
-from slimgraph.program.program import Json
 from slimgraph.report import words
 from slimgraph.report.content import Report, ValueHistogram, to_json, worst_first
 from slimgraph.report.facts import IntegerKernels, MetricResult, ModelFacts
 from slimgraph.report.headline import change_text, conditions_text, size_text, speed_text, title_text, value_text
+from slimgraph.report.html import render
 from slimgraph.report.plots import accuracy_latency, draw_accuracy_latency, draw_range_histogram, range_histogram
 
 
@@ -143,47 +136,12 @@ def _range(index: int, histogram: ValueHistogram) -> Picture:
     return Picture(svg=Markup(svg), description=numbers.description)
 
 
-def _bar(snr_db: float | None) -> float:
-    """Length of the bar behind a signal-to-noise ratio, in percent: 60 dB and more is all of it."""
-    return 0.0 if snr_db is None or math.isnan(snr_db) else max(0.0, min(1.0, snr_db / 60)) * 100
-
-
-def _inline(value: Json) -> str:
-    """A JSON value of the history on one line: text as it is, a list by its elements."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return words.number(value, 4)
-    if isinstance(value, list):
-        return ", ".join(map(_inline, value)) or "none"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _breakable(name: str) -> Markup:
-    """A dotted name that a narrow column may break after its separators, and else only where it must."""
-    return Markup("<wbr>").join(part for part in re.split(r"(?<=[._/:])", name) if part)
-
-
-def _package_text(name: str) -> str:
-    return files("slimgraph.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def render_page(report: Report) -> str:
-    """HTML text of the report. It asks for nothing from outside, and its own policy forbids it to."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for write in (words.number, words.percent, words.scaled, words.file_size, words.grouped, words.milliseconds):
-        environment.filters[write.__name__] = write
-    environment.filters.update(bar=_bar, breakable=_breakable, inline=_inline)
-    environment.tests["finite"] = lambda value: value is not None and math.isfinite(value)
-    script = _package_text("page.js")
-    page = environment.from_string(_package_text("page.html.j2")).render(
+    """HTML text of the report."""
+    return render(
+        "page.html.j2",
         report=report,
+        data_file="report.json",
         headline=report.headline,
         summary=summary(report),
         conditions=None if report.latency is None else conditions_text(report.latency),
@@ -195,12 +153,8 @@ def render_page(report: Report) -> str:
         plane=_plane(report),
         histograms=[(histogram, _range(index, histogram)) for index, histogram in enumerate(report.histograms)],
         layers=worst_first(report.layers),
-        style=Markup(_package_text("page.css")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        losses=report.losses,
     )
-    # A name may hold half of a surrogate pair (a file name that is not UTF-8 does), which no file can.
-    return page.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def write_report(report: Report, folder: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -101,6 +101,8 @@ class RangeHistogram:
     """Of all elements, in each bin; they add up to 1, or are all 0."""
     low: float
     high: float
+    codes: tuple[int, int] | None
+    """Those of `low` and `high`; None where they are not told."""
     clipped_ratio: float
     description: str
     """What the picture shows, in words, for those who cannot see it."""
@@ -152,6 +154,7 @@ def range_histogram(histogram: ValueHistogram) -> RangeHistogram:
         shares=tuple(count / total for count in counts),
         low=histogram.low,
         high=histogram.high,
+        codes=histogram.codes,
         clipped_ratio=histogram.clipped_ratio,
         description=(
             f"Values from {number(edges[0])} to {number(edges[-1])}; range {number(histogram.low)} to "
@@ -161,7 +164,7 @@ def range_histogram(histogram: ValueHistogram) -> RangeHistogram:
 
 
 @contextmanager
-def _style(name: str) -> Iterator[None]:
+def style(name: str) -> Iterator[None]:
     """matplotlib as we want it, whatever the user's own settings are; ids depend on `name` and nothing else."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -170,14 +173,15 @@ def _style(name: str) -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty drawing of that size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(length=3)
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_of(figure: Figure, name: str) -> str:
     """The drawing as an SVG element that can stand in a page beside others: `name` makes its ids unique."""
     written = io.StringIO()
     without_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -226,8 +230,8 @@ def draw_accuracy_latency(numbers: AccuracyLatency, *, name: str) -> str:
     """SVG of both models in the plane of latency and accuracy, with the lowest metric that is allowed."""
     scale = 100.0 if numbers.in_percent else 1.0
     before, after = numbers.before, numbers.after
-    with _style(name):
-        figure, axes = _figure(4.8, 3.2)
+    with style(name):
+        figure, axes = figure_of(4.8, 3.2)
         axes.annotate(
             "",
             xytext=(before.latency_ms, before.metric * scale),
@@ -274,7 +278,7 @@ def draw_accuracy_latency(numbers: AccuracyLatency, *, name: str) -> str:
         axes.ticklabel_format(useOffset=False)
         axes.set_xlabel("latency, median and 90th percentile, ms")
         axes.set_ylabel(f"{numbers.kind}, %" if numbers.in_percent else numbers.kind)
-        return _svg(figure, name)
+        return svg_of(figure, name)
 
 
 def draw_range_histogram(numbers: RangeHistogram, *, name: str) -> str:
@@ -283,8 +287,8 @@ def draw_range_histogram(numbers: RangeHistogram, *, name: str) -> str:
     margin = 0.03 * (right - left) or 1.0
     seen = [share for share in numbers.shares if share > 0]
     floor = min(seen, default=1e-3) / 2
-    with _style(name):
-        figure, axes = _figure(3.4, 1.8)
+    with style(name):
+        figure, axes = figure_of(3.4, 1.8)
         axes.set_yscale("log")
         axes.set_ylim(floor, max(seen, default=1.0) * 2)
         axes.set_xlim(left - margin, right + margin)
@@ -301,4 +305,21 @@ def draw_range_histogram(numbers: RangeHistogram, *, name: str) -> str:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.13f}".rstrip("0").rstrip(".") + " %")
-        return _svg(figure, name)
+        if numbers.codes is not None and numbers.low < numbers.high:
+            _mark_codes(axes, numbers.low, numbers.high, numbers.codes)
+        return svg_of(figure, name)
+
+
+def _mark_codes(axes: Axes, low: float, high: float, codes: tuple[int, int]) -> None:
+    """An axis above the drawing that tells which codes stand for the numbers below."""
+    first, last = codes
+    step = (high - low) / (last - first)
+    left, right = axes.get_xlim()
+    above = axes.twiny()
+    above.set_xlim(left, right)
+    wide = bool((high - low) / (right - left) > 0.3)  # otherwise only two numbers have room, or one
+    marked = sorted({first, last, *((first + last + 1) // 2,) * wide})
+    above.set_xticks([low + (code - first) * step for code in marked], [str(code) for code in marked])
+    above.tick_params(length=3, pad=1, colors=MUTED)
+    for spine in above.spines.values():
+        spine.set_visible(False)
