@@ -1,6 +1,5 @@
 """Bring a quantization within the drop that is allowed, at the least cost."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice

@@ -9,11 +9,12 @@ from slimgraph.importers.axis_notices import axis_notices
 from slimgraph.program.count import Count
 from slimgraph.program.program import HistoryEntry
 from slimgraph.program.tail import Tail
+from slimgraph.quantization.mixed_bits import FLOAT, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.report.content import Notice
-from slimgraph.report.facts import MetricResult
-from slimgraph.report.headline import SAME_LATENCY
-from slimgraph.report.words import percent, points
+from slimgraph.report.facts import AccuracyControl, MetricResult, SparedLayer
+from slimgraph.report.headline import SAME_LATENCY, difference_text
+from slimgraph.report.words import number, percent, points
 
 _NAMED = 8
 """Layers that a notice names; of more it gives the number."""
@@ -104,6 +105,57 @@ def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: fl
             f"says nothing about how many answers are right. The allowed drop of {limit:g} is meant for answers; of "
             f"closeness {points(metric.max_drop)} may be lost.",
         )
+
+
+def bits_notices(mixed: MixedBits | None) -> Iterator[Notice]:
+    """Which bits were chosen, and what they cost."""
+    if mixed is None:
+        return
+    layers: defaultdict[int, list[str]] = defaultdict(list)
+    for name, bits in mixed.weights.items():
+        layers[bits].append(name)
+    parts = [
+        f"{_listed(names)} {f'{bits} bits' if bits != FLOAT else 'float'}" for bits, names in sorted(layers.items())
+    ]
+    yield Notice(
+        level="notice",
+        text=f"Of the choices within {mixed.budget} that with the least noise is {'; '.join(parts)}. It has "
+        f"{mixed.cost:.3g} of the original's {mixed.budget.kind}, as counted before.",
+    )
+
+
+def control_notices(control: AccuracyControl | None, metric: MetricResult) -> Iterator[Notice]:
+    """What was done to keep within the allowed drop, what it bought and what it cost."""
+    if control is None:
+        return
+    before, after, limit = (difference_text(metric, x) for x in (control.drop_before, control.drop, control.limit))
+    if not control.met:
+        yield Notice(
+            level="warning",
+            text=f"The drop of {before} could not be brought within {limit}: with each of the {control.layers} layers "
+            f"spared it is {after}, which leaves nothing in integers or is still too much. So none was spared. Allow a "
+            "larger drop, or train the model with quantizers.",
+        )
+        return
+    done = []
+    if control.algorithm != control.algorithm_before:
+        done.append(f"ranges were chosen by {control.algorithm} instead of {control.algorithm_before}")
+    if control.spared:
+        widened = control.spared[0].bits
+        kept = f"got {widened} bits" if widened is not None else "went back to float"
+        done.append(
+            f"{len(control.spared)} of {control.layers} layers {kept}: {_listed([*map(_spared, control.spared)])}"
+        )
+    yield Notice(
+        level="notice",
+        text=f"The metric dropped by {before}, and {limit} are allowed. So {', and '.join(done)}. It drops by {after} "
+        f"now. It took {control.trials} trials.",
+    )
+
+
+def _spared(layer: SparedLayer) -> str:
+    cost = "" if layer.lost_us is None else f", {number(layer.lost_us, 2)} µs"
+    return f"{layer.name} ({percent(layer.noise_share)} of the noise{cost})"
 
 
 def count_notices(counted: Count) -> Iterator[Notice]:

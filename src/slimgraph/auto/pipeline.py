@@ -2,18 +2,23 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Literal, TypedDict, Unpack, overload
 
 from slimgraph.auto.account import report_of, with_result
-from slimgraph.auto.given_data import Data, open_given
-from slimgraph.auto.measurements import Judged, Measurements, measure
+from slimgraph.auto.accuracy import Means, control_accuracy, held_out
+from slimgraph.auto.given_data import Data, first_samples, open_given
+from slimgraph.auto.measurements import Judged, Measurements, drop_of, lost_us, measure
 from slimgraph.auto.notices import (
+    bits_notices,
     capture_notices,
+    control_notices,
     metric_notices,
     placement_notices,
     speed_notices,
@@ -21,21 +26,22 @@ from slimgraph.auto.notices import (
     target_notices,
 )
 from slimgraph.auto.outcome import Progress, is_measured
+from slimgraph.auto.result_files import ResultFiles
 from slimgraph.auto.staging import staging
-from slimgraph.deploy.check_export import check_export
-from slimgraph.deploy.onnx import add_tail, export_onnx
-from slimgraph.deploy.onnx_tail import check_stitched
+from slimgraph.auto.widths import Widths, as_budget
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.count import count
 from slimgraph.program.program import Program, require_program
-from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
+from slimgraph.quantization.mixed_bits import Budget, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import (
     Quantization,
     prepare,
+    quantize_again,
     quantize_with_record,
     require_finite,
     require_float,
@@ -43,6 +49,7 @@ from slimgraph.quantization.quantize import (
 )
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.report.content import Notice, Report
+from slimgraph.report.facts import AccuracyControl, MetricResult
 from slimgraph.report.page import write_report
 from slimgraph.training.data import DataSource
 from slimgraph.training.evaluate import evaluate, find_metric
@@ -79,8 +86,12 @@ class CompressOptions(TypedDict, total=False):
     target: str
     metric: str
     max_drop: float
+    control: bool | None
     algorithm: str
     skip: Sequence[str]
+    bits: Sequence[int]
+    activation_bits: Sequence[int]
+    budget: Budget | str | None
     seed: int
     threads: int
     progress: Progress | None
@@ -120,8 +131,12 @@ def compress(
     target: str = "onnxruntime",
     metric: str = "top1",
     max_drop: float = 0.01,
+    control: bool | None = None,
     algorithm: str = DEFAULT_ALGORITHM,
     skip: Sequence[str] = (),
+    bits: Sequence[int] = (),
+    activation_bits: Sequence[int] = (),
+    budget: Budget | str | None = None,
     seed: int = 0,
     threads: int = 1,
     dry_run: bool = False,
@@ -143,8 +158,15 @@ def compress(
         target: where the model will run. "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI.
         metric: "top1", "top5" or "module:callable"; higher is better.
         max_drop: how much of the metric may be lost, absolute. A result that lost more is written, and says so first.
+        control: when more is lost, look for other ranges, and take the fewest layers out of the quantization that have
+            to be. None: where `eval_data` has labels and no budget chooses bits; True: also with a budget, and to let
+            the answers agree with the original's.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         skip: layers that stay float, as `select` takes them.
+        bits: of weights; several are choices for each layer, of which 32 is float. None: the target's.
+        activation_bits: as `bits`, of activations.
+        budget: what the result may have of the original, as "size=0.2", "latency=0.6" or "bops=0.05": within it the
+            bits are chosen that bring the least noise.
         seed: of all that is random.
         threads: with which latency is measured.
         dry_run: return the plan, and measure and write nothing.
@@ -158,11 +180,16 @@ def compress(
     """
     _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
     resolved = resolved_target(target)
+    widths = Widths(weights=tuple(bits), activations=tuple(activation_bits), budget=as_budget(budget))
     calibration = open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
     _try_out(program, calibration, evaluation, metric, float_reference)
     original = prepare(program, target=resolved)
-    plan = plan_quantization(original, target=resolved, skip=skip)
+
+    def replan(mixed: MixedBits | None, spared: Mapping[str, str] = MappingProxyType({})) -> QuantizationPlan:
+        return widths.plan(original, resolved, skip, mixed, spared)
+
+    plan = replan(None)
     if dry_run:
         return plan
     require_work(plan)
@@ -170,9 +197,22 @@ def compress(
     how = Judged(
         calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
     )
-    with staging(out) as folder:
+    with staging(out) as folder, TemporaryDirectory(dir=folder) as scratch:
         quantized = _quantized(original, plan, calibration, algorithm, say)
-        found = _measured(program, quantized, folder / "model.onnx", float_reference, how, say)
+        files = ResultFiles(
+            program, folder / "model.onnx", Path(scratch), float_reference, narrow=resolved.startswith("onnxruntime")
+        )
+        mixed = None
+        if widths.are_choices:
+            mixed = widths.chosen(quantized, files, how, say)
+            quantized = quantize_again(quantized, replan(mixed), (batch.inputs for batch in calibration))
+        judged = files.write(quantized.program, how, say)
+        controlled = None
+        by_default = how.labelled is not None and mixed is None  # what it spares costs some of a budget
+        if judged.exceeds_max_drop and (by_default if control is None else control):
+            again = partial(replan, mixed)
+            quantized, judged, controlled = _controlled(quantized, judged, again, files, how, say)
+        found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
         say("Writing the report", 0, None)
         result = with_result(quantized, found)
         save_program(result, folder / "model.pt2")
@@ -182,8 +222,11 @@ def compress(
             (
                 *target_notices(target, resolved),
                 *_rewritten_notices(program, float_reference),
+                *bits_notices(mixed),
+                *control_notices(controlled, found.metric),
                 *_notices(program, quantized, found, how),
             ),
+            control=controlled,
             after=result,
             title=title or _title(program),
             command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",
@@ -245,33 +288,47 @@ def _quantized(
     )
 
 
-def _measured(
-    program: Program,
+def _controlled(
     quantized: Quantization,
-    file: Path,
-    float_reference: str | os.PathLike[str] | None,
+    metric: MetricResult,
+    replan: Callable[[Mapping[str, str]], QuantizationPlan],
+    files: ResultFiles,
     how: Judged,
     say: Progress,
-) -> Measurements:
-    """Write the quantized program as ONNX, check it, and measure it against the original."""
-    tail = quantized.program.tail
-    with TemporaryDirectory(dir=file.parent) as scratch:
-        # What is measured is the network: post-processing is the same before and after, and no float to compare.
-        head = file if tail is None else Path(scratch) / "model.onnx"
-        say("Writing ONNX", 0, None)
-        export_onnx(quantized.program, head, with_tail=False)
-        say("Checking the ONNX file", 0, None)
-        some = next(iter(how.calibration)).inputs
-        check_export(quantized.program, head, some, called=file.name)
-        if tail is not None:
-            add_tail(tail, head, file)
-            signature = quantized.program.signature
-            one = {name: x[:1] if name in signature.batched else x for name, x in signature.bind(some).items()}
-            check_stitched(file, head, tail, one)
-        reference = Path(scratch) / "float.onnx" if float_reference is None else Path(float_reference)
-        if float_reference is None:
-            export_onnx(program, reference, with_tail=False)
-        return measure(reference, head, quantized.prepared, quantized.program, how, say)
+) -> tuple[Quantization, MetricResult, AccuracyControl]:
+    """The quantization that loses no more than allowed, what its file loses, and what was done.
+
+    Where there is none, the one that was given, whose file is there again.
+    """
+    signature = quantized.program.signature
+    written, judged = quantized, metric
+
+    def confirm(candidate: Quantization) -> float:
+        nonlocal written, judged
+        written, judged = candidate, files.write(candidate.program, how, say)
+        return judged.drop
+
+    means = Means(
+        replan=replan,
+        drop_of=lambda program: drop_of(program, quantized.prepared, metric, how),
+        confirm=confirm,
+        # Other targets' files run here as well, but what their runtimes fuse is not seen here.
+        lost_us=lambda: (
+            lost_us(files.reference, files.head, signature, how)
+            if quantized.plan.target.startswith(("onnxruntime", "mobile"))
+            else {}
+        ),
+        calibration=lambda: (batch.inputs for batch in how.calibration),
+        held_out=held_out(
+            first_samples(how.calibration, signature, 2 * REPAIR_SAMPLES), skipped=REPAIR_SAMPLES // 8, most=4
+        ),
+        say=say,
+    )
+    assert metric.max_drop is not None
+    final, account = control_accuracy(quantized, means, limit=metric.max_drop, drop=metric.drop)
+    if final is not written:
+        confirm(final)
+    return final, judged, account
 
 
 def _notices(program: Program, quantized: Quantization, found: Measurements, how: Judged) -> Iterator[Notice]:

@@ -13,8 +13,8 @@ aten = torch.ops.aten
 def merge_quantizers(program: Program) -> Program:
     """The program with each quantizer and its dequantizer as one operator, and weights as the numbers that they mean.
 
-    It answers as `program` does but for ties, where the merged operator multiplies by 1/scale instead of dividing. It is
-    made to be evaluated, not to be written.
+    It answers as `program` does but for ties, where the merged operator multiplies by 1/scale instead of dividing. It
+    is made to be evaluated, not to be written.
     """
     merged = program.copy().eval()
     graph_module, taken = merged.graph_module, edit.tensor_names(merged.graph_module)

@@ -228,8 +228,9 @@ class _Problem:
     def _costs(self) -> tuple[list[float], float, float]:
         """Of each layer's variable; of everything else; and of the float program."""
         if self.budget.kind == "size":
-            stored = [_stored_bytes(self.program, self.layers[name], b) for name, b, _ in self.pairs]
-            floats = sum(_stored_bytes(self.program, weight, FLOAT) for weight in self.layers.values())
+            packs = self.plan.target.startswith("onnxruntime")
+            stored = [_stored_bytes(self.program, self.layers[name], b, packs=packs) for name, b, _ in self.pairs]
+            floats = sum(_stored_bytes(self.program, weight, FLOAT, packs=packs) for weight in self.layers.values())
             return stored, self.counted.weight_bytes - floats, float(self.counted.weight_bytes)
         if self.budget.kind == "bops":
             bops = [float(self.macs[name] * b * (FLOAT if b == FLOAT else a)) for name, b, a in self.pairs]
@@ -307,11 +308,11 @@ def _least(objective: np.ndarray, constraints: list[LinearConstraint]) -> np.nda
     return None if found.x is None else np.round(found.x).astype(bool)
 
 
-def _stored_bytes(program: Program, weight: WeightQuantizer, bits: int) -> float:
-    """Of a weight in a file, its scales included: codes of up to 4 bits take half a byte, wider ones one or two."""
+def _stored_bytes(program: Program, weight: WeightQuantizer, bits: int, *, packs: bool) -> float:
+    """Of a weight in a file, its scales included: codes take one or two bytes; with `packs` up to 4 bits take half."""
     tensor = edit.tensor_named(program.graph_module, weight.weight)
     if bits == FLOAT:
         return 4.0 * tensor.numel()
-    width = 0.5 if bits <= 4 else 1.0 if bits <= 8 else 2.0
+    width = 0.5 if bits <= 4 and packs else 1.0 if bits <= 8 else 2.0
     scales = 1 if weight.scheme.axis is None else tensor.shape[weight.scheme.axis]
     return math.ceil(width * tensor.numel()) + 5.0 * scales  # a float and a zero point each
