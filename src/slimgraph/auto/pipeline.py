@@ -13,6 +13,7 @@ from typing import Literal, TypedDict, Unpack, overload
 
 from slimgraph.auto.account import report_of, with_result
 from slimgraph.auto.accuracy import Means, control_accuracy, held_out
+from slimgraph.auto.analyze import losses_of
 from slimgraph.auto.given_data import Data, first_samples, open_given
 from slimgraph.auto.measurements import Judged, Measurements, drop_of, lost_us, measure
 from slimgraph.auto.notices import (
@@ -87,6 +88,7 @@ class CompressOptions(TypedDict, total=False):
     metric: str
     max_drop: float
     control: bool | None
+    analyze: bool | None
     algorithm: str
     skip: Sequence[str]
     bits: Sequence[int]
@@ -132,6 +134,7 @@ def compress(
     metric: str = "top1",
     max_drop: float = 0.01,
     control: bool | None = None,
+    analyze: bool | None = None,
     algorithm: str = DEFAULT_ALGORITHM,
     skip: Sequence[str] = (),
     bits: Sequence[int] = (),
@@ -161,6 +164,7 @@ def compress(
         control: when more is lost, look for other ranges, and take the fewest layers out of the quantization that have
             to be. None: where `eval_data` has labels and no budget chooses bits; True: also with a budget, and to let
             the answers agree with the original's.
+        analyze: tell in the report which layers make the loss, and why. None: where that takes a second at most.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         skip: layers that stay float, as `select` takes them.
         bits: of weights; several are choices for each layer, of which 32 is float. None: the target's.
@@ -213,6 +217,7 @@ def compress(
             again = partial(replan, mixed)
             quantized, judged, controlled = _controlled(quantized, judged, again, files, how, say)
         found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
+        losses = losses_of(quantized, calibration, found.comparison, wanted=analyze)
         say("Writing the report", 0, None)
         result = with_result(quantized, found)
         save_program(result, folder / "model.pt2")
@@ -227,6 +232,7 @@ def compress(
                 *_notices(program, quantized, found, how),
             ),
             control=controlled,
+            losses=losses,
             after=result,
             title=title or _title(program),
             command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",

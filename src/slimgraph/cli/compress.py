@@ -10,7 +10,7 @@ import typer
 
 from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.given import ModelOptions, look, require_output_folder
-from slimgraph.cli.options import Data, Metric, ModelArgument, Seed, Threads
+from slimgraph.cli.options import Algorithm, Data, Metric, ModelArgument, Seed, Skip, Target, Threads
 from slimgraph.cli.samples import SampleOptions, open_samples
 from slimgraph.errors import ConfigError
 
@@ -56,29 +56,54 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            help="Where it will run: onnxruntime (the variant for this processor), onnxruntime-avx2, tensorrt, "
-            "openvino, mobile, simulate.",
-        ),
-    ] = "onnxruntime",
+    target: Target = "onnxruntime",
     metric: Metric = "top1",
     max_drop: Annotated[
         float,
         typer.Option("--max-drop", help="How much of the metric may be lost, absolute. Beyond it the exit code is 3."),
     ] = 0.01,
-    algorithm: Annotated[
-        str,
-        typer.Option("--algorithm", help="How ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf."),
-    ] = "min_max",
-    skip: Annotated[
-        list[str] | None,
+    control: Annotated[
+        bool | None,
         typer.Option(
-            "--skip",
-            metavar="PATTERN",
-            help="Layers that stay float: a name, a glob as 'head.*', re:PATTERN or op:NAME. Any number of times.",
+            "--control/--no-control",
+            help="When more is lost than --max-drop, try other ranges and leave the fewest layers in float that have "
+            "to be. If not given: with labels in --eval-data, and without --budget.",
+            show_default=False,
+        ),
+    ] = None,
+    algorithm: Algorithm = "min_max",
+    skip: Skip = None,
+    analyze: Annotated[
+        bool | None,
+        typer.Option(
+            "--analyze/--no-analyze",
+            help="Tell in the report which layers make the loss, and why. If not given: where that takes a second at "
+            "most.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            "--bits",
+            metavar="NUMBERS",
+            help="Bits of weights: 4; or choices for each layer, as 4,8 or 8,float, of which --budget decides.",
+            show_default=False,
+        ),
+    ] = None,
+    activation_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-bits", metavar="NUMBERS", help="Bits of activations, as --bits.", show_default=False
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="KIND=RATIO",
+            help="What the result may have of the original: size=0.2 of the weights' bytes, latency=0.6 of the time, "
+            "bops=0.05 of the bit operations. Within it the bits are chosen that lose least.",
             show_default=False,
         ),
     ] = None,
@@ -115,8 +140,13 @@ def compress(
             "target": target,
             "metric": metric,
             "max_drop": max_drop,
+            "control": control,
+            "analyze": analyze,
             "algorithm": algorithm,
             "skip": skip or [],
+            "bits": _widths("--bits", bits),
+            "activation_bits": _widths("--activation-bits", activation_bits),
+            "budget": budget,
             "seed": seed,
             "threads": threads,
             "progress": progress,
@@ -152,6 +182,16 @@ def _users_file(
     return path if outputs[0] == outputs[1] else None
 
 
+def _widths(option: str, text: str | None) -> tuple[int, ...]:
+    """Numbers of bits; "float" is 32."""
+    if text is None:
+        return ()
+    try:
+        return tuple(32 if part.strip() == "float" else int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; give a number of bits, or several as 4,8 or 8,float.") from None
+
+
 def _planned(plan: "QuantizationPlan") -> Answer:
     return Answer(data=json.loads(plan.to_json()), shown=(plan.table(),))
 
@@ -171,6 +211,7 @@ def told(result: "Compression") -> Answer:
             "drop_exceeded": result.drop_exceeded,
             "advice": advice,
             "metric": report.metric,
+            "control": report.control,
             "size_bytes_before": report.original.size_bytes,
             "size_bytes_after": report.compressed.size_bytes,
             "latency": report.latency,
