@@ -1,5 +1,6 @@
 """Which layer costs how much, and why: into each small network one fault is built, and only that one is named."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from slimgraph.quantization.evidence import activation_evidence, channel_axis
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 from slimgraph.quantization.sensitivity import measure_sensitivity
+from slimgraph.quantization.smoothing import smooth
 
 
 class Chain(nn.Module):
@@ -302,3 +304,47 @@ def test_the_table_says_share_numbers_and_advice():
     assert set(rule) == {"-"}
     assert worst.startswith("second")
     assert "clipped range (activation)" in worst
+
+
+def noise_of(module, batches, *, rescale=lambda program, plan: program, **options):
+    program = prepare(capture(module.eval(), batches[0][:1]))
+    plan = plan_quantization(program, target="openvino", **options)
+    program = rescale(program, plan)
+    statistics = collect_statistics(program, plan.range_owners, batches)
+    found = analyze(program, choose_ranges(plan, statistics), statistics, batches)
+    return found.noise, [cause.name for row in found.rows for cause in row.causes]
+
+
+def test_smoothing_helps_against_an_outlier_channel():
+    module, batches = Chain(), [images()]
+    with torch.no_grad():
+        module.second.weight[5] *= 64
+        module.second.bias[5] *= 64
+        module.last.weight[:, 5] /= 64
+    before, faults = noise_of(module, batches)
+    assert faults == ["outlier channel"]
+    after, faults = noise_of(module, batches, rescale=lambda program, plan: smooth(program, plan, batches))
+    assert faults == []
+    assert after < before / 10
+
+
+def test_an_algorithm_that_clips_helps_against_outlier_values():
+    batch = images()
+    batch[3, 1, 6, 6] = 200.0
+    program, wide, statistics = calibrated(Chain(), [batch])
+    row = next(row for row in analyze(program, wide, statistics, [batch]).rows if row.causes)
+    assert re.match(r"--algorithm KL \(to [\d.]+\) or avg \(to [\d.]+\); if they matter", row.advice)
+    usual = [images()]  # what the one image loses is the price
+    before = analyze(program, wide, statistics, usual).noise
+    narrow = choose_ranges(replace(wide, ranges={}), statistics, algorithm="avg")
+    assert analyze(program, narrow, statistics, usual).noise < before / 10
+
+
+def test_a_scale_for_each_channel_helps_against_unequal_weights():
+    module, batch = Chain(), images()
+    with torch.no_grad():
+        module.first.weight[7, 2] *= 64
+    batch[:, 2] /= 64
+    before, _ = noise_of(module, [batch], weight_per_channel=False)
+    after, _ = noise_of(module, [batch])
+    assert after < before / 5

@@ -4,7 +4,6 @@ import html
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 

@@ -39,7 +39,7 @@ PICTURES = 8
 FEWEST_SAMPLES = 4
 """With fewer samples the order of the layers is chance."""
 
-A_SECOND = 10**10
+A_SECOND = 2 * 10**10
 """Multiply-accumulates of float32 that one thread does in about a second."""
 
 _PATIENCE = 60 * A_SECOND

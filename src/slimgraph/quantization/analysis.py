@@ -289,6 +289,6 @@ def _written(name: str, shown: Shown, advice: str, quantizer: QuantizerSensitivi
         name=name,
         quantizer=quantizer.kind,
         text=shown.text,
-        advice=advice.format(skip=options or "keep it in float"),
+        advice=advice.format(skip=options or "keep it in float", remedy=shown.remedy),
         channel=shown.channel,
     )

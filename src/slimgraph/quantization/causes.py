@@ -54,11 +54,16 @@ class Shown:
     text: str
     channel: int | None = None
     """The one that stands out."""
+    remedy: str = ""
+    """What would help in this very case, for the advice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[_Evidence]):
-    """A fault: how it is called, how it shows, and what helps. `{skip}` stands for options that name layers."""
+    """A fault: how it is called, how it shows, and what helps.
+
+    In the advice `{skip}` stands for the options that leave layers in float, `{remedy}` for what the test has found.
+    """
 
     name: str
     test: Callable[[_Evidence], Shown | None]
@@ -174,8 +179,18 @@ def _outlier_values(seen: ActivationEvidence) -> Shown | None:
         return None
     return Shown(
         text=f"{100 * (1 - tail):.4g} % of the elements lie within ±{_number(usual)}, and the range reaches "
-        f"{_number(reach)}, {reach / usual:,.0f} times as far, which costs them {_bits(reach / usual)}"
+        f"{_number(reach)}, {reach / usual:,.0f} times as far, which costs them {_bits(reach / usual)}",
+        remedy=_clipping(seen, reach),
     )
+
+
+def _clipping(seen: ActivationEvidence, reach: float) -> str:
+    """The algorithms whose ranges leave the tail out, the narrowest first."""
+    reaches = {name: max(-low, high) for name, (low, high) in seen.ranges().items()}
+    narrow = sorted((name for name in reaches if reaches[name] <= reach / 2), key=lambda name: reaches[name])
+    if not narrow:
+        return "no --algorithm cuts so much, so look at the samples that hold them"
+    return f"--algorithm {' or '.join(f'{name} (to {_number(reaches[name])})' for name in narrow)}"
 
 
 def _one_sided(seen: ActivationEvidence) -> Shown | None:
@@ -269,7 +284,7 @@ ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     Rule(
         "outlier values",
         _outlier_values,
-        "--algorithm hist, mse or KL, which clip the tail; if they matter for the answer, {skip}",
+        "{remedy}; if they matter for the answer, {skip}",
     ),
     Rule(
         "unsigned/signed mismatch",

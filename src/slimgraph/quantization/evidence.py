@@ -1,8 +1,8 @@
 """What a quantizer meets: the numbers from which the cause of its error is told."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from slimgraph.quantization.calibration import observe
 from slimgraph.quantization.density import Density, Floats
 from slimgraph.quantization.operators import WEIGHT_AXIS, kind_of
 from slimgraph.quantization.plan import ActivationQuantizer, QuantizationPlan, WeightQuantizer
+from slimgraph.quantization.ranges import RANGE_ALGORITHMS
 from slimgraph.quantization.rounding_error import rounded_moments
 from slimgraph.quantization.statistics import ValueStatistics
 
@@ -54,6 +55,8 @@ class ActivationEvidence:
     """Lowest and highest number of each value that is concatenated or summed here."""
     operator: str | None
     """Kind of the operator that computes the value."""
+    ranges: Callable[[], Mapping[str, tuple[float, float]]]
+    """The range that each algorithm would choose."""
 
     @cached_property
     def grid(self) -> tuple[float, float]:
@@ -206,7 +209,12 @@ def _activation(
             name: (float(spreads[name].low.min()), float(spreads[name].high.max())) for name in parts if name in spreads
         },
         operator=operator,
+        ranges=partial(_ranges, None if quantizer.dynamic else seen, quantizer.scheme),
     )
+
+
+def _ranges(seen: ValueStatistics | None, scheme: IntScheme) -> dict[str, tuple[float, float]]:
+    return {} if seen is None else {name: choose(seen, scheme) for name, choose in RANGE_ALGORITHMS.items()}
 
 
 def weight_evidence(program: Program, plan: QuantizationPlan, weight: WeightQuantizer) -> WeightEvidence:
