@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 import slimgraph.program.edit as edit
-from slimgraph.program.names import layer_of, value_of
+from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.pruning.axes import Atom, atoms
 from slimgraph.pruning.rules_layers import NORM
@@ -37,8 +37,15 @@ class Group:
     members: tuple[Member, ...]
     layers: tuple[str, ...]
     """Layers that read one of the parameters."""
+    makers: tuple[str, ...]
+    """Those among them whose outputs the indices are; the others only read them."""
     normed: bool
     """A layer or group norm runs over the indices, so that removing some changes the statistics of the others."""
+
+    @property
+    def place(self) -> str:
+        """The parameter and its axis that the group is named after; other factors of that axis are other groups."""
+        return self.name.partition("#")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,7 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
     parameters = dict(program.named_parameters(remove_duplicate=False))
     members: dict[Atom, list[Member]] = defaultdict(list)
     readers: dict[Atom, dict[str, None]] = defaultdict(dict)
+    makers: dict[Atom, dict[str, None]] = defaultdict(dict)
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     seen: set[tuple[int, int]] = set()
     for node in program.graph.find_nodes(op="get_attr"):
@@ -93,6 +101,11 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
             continue
         name = str(node.target)
         owners = [layer_of(user) or value_of(user) for user in node.users]
+        making = [
+            (layer_of(user) or value_of(user), made)
+            for user in node.users
+            if (made := _made_axis(user, node, tensor.dim())) is not None
+        ]
         trained = name in parameters or isinstance(tensor, nn.Parameter)
         for axis, tree in enumerate(traced.of(node)):
             for atom in dict.fromkeys(atoms(tree)):
@@ -103,6 +116,7 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
                             reasons[owner].update(dict.fromkeys(sorted(atom.pins)))
                     continue
                 readers[atom].update(dict.fromkeys(owners))
+                makers[atom].update(dict.fromkeys(owner for owner, made in making if made == axis))
                 if (id(tensor), axis) not in seen or all(m.parameter != name for m in members[atom]):
                     members[atom].append(Member(parameter=name, axis=axis, size=tensor.shape[axis]))
             seen.add((id(tensor), axis))
@@ -114,11 +128,33 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
         name = _name(held, found, parameters)
         found[name] = atom
         groups.append(
-            Group(name=name, size=atom.size, members=tuple(held), layers=tuple(readers[atom]), normed=NORM in atom.pins)
+            Group(
+                name=name,
+                size=atom.size,
+                members=tuple(held),
+                layers=tuple(readers[atom]),
+                makers=tuple(makers[atom]),
+                normed=NORM in atom.pins,
+            )
         )
     pruned = {layer for group in groups for layer in group.layers}
     kept = {layer: tuple(why) for layer, why in reasons.items() if layer not in pruned}
     return Groups(groups=tuple(groups), kept=kept, unknown=traced.unknown, traced=traced, atoms=found)
+
+
+# Where the outputs of an operator stand in its weight, if not on the first axis.
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm"})
+
+
+def _made_axis(reader: fx.Node, weight: fx.Node, rank: int) -> int | None:
+    """The axis of a weight that becomes the outputs of the operator that reads it; None where it is no weight."""
+    if reader.op != "call_function" or rank < 2:
+        return None
+    operator = operator_name(reader.target)
+    if operator.startswith("conv_transpose"):
+        return 1
+    is_last = operator == "embedding" or (operator in _PRODUCTS and reader.args[0] is not weight)
+    return rank - 1 if is_last else 0
 
 
 def _name(members: list[Member], taken: Mapping[str, Atom], parameters: Mapping[str, nn.Parameter]) -> str:

@@ -35,7 +35,7 @@ def prove(program: Program, pruned: Program, kept: Kept, plan: PruningPlan) -> N
     Raises:
         ProgramError: it is not; the message tells how far the outputs are apart, and for which group alone.
     """
-    apart = _largest_difference(program, pruned, kept)
+    apart = largest_difference(program, pruned, kept)
     if apart <= TOLERANCE:
         return
     names = ", ".join(group.name for group in plan.groups[:5]) + (" …" if len(plan.groups) > 5 else "")
@@ -46,7 +46,8 @@ def prove(program: Program, pruned: Program, kept: Kept, plan: PruningPlan) -> N
     )
 
 
-def _largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
+def largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
+    """How far the outputs of the pruned program are from those of the masked one, as a part of their range."""
     inputs = _random_inputs(program)
     with torch.no_grad():
         whole = _in_double(program)

@@ -18,7 +18,7 @@ Axes: TypeAlias = list[Tree]
 Rule: TypeAlias = "Callable[[Trace, fx.Node], Axes | list[Axes] | None]"
 """Relates the axes of an operator's results to those of its operands; None where a result is no tensor."""
 
-_BATCH = 7919
+BATCH = 7919
 """Size of the batch while axes are traced: a prime, so that a product with it is recognised as one."""
 
 
@@ -46,8 +46,8 @@ class Trace:
         self.program = program
         self.rules = rules
         batch = program.signature.batch_axis
-        self.batch = _BATCH if batch is not None else None
-        self.values = fake_values(program, {batch: _BATCH} if batch is not None else None)
+        self.batch = BATCH if batch is not None else None
+        self.values = fake_values(program, {batch: BATCH} if batch is not None else None)
         self.env: dict[fx.Node, Axes | list[Axes]] = {}
         self.unknown: dict[str, str] = {}
         self._tensors: dict[int, Axes] = {}
