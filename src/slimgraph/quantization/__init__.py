@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
     from slimgraph.quantization.qat import parameter_groups, prepare_qat
     from slimgraph.quantization.quantize import prepare
+    from slimgraph.quantization.reach import best_reach, with_best_reach
+    from slimgraph.quantization.reconstruction import reconstruct
+    from slimgraph.quantization.regions import Region
     from slimgraph.quantization.repair import Repairs
     from slimgraph.quantization.smoothing import smooth
     from slimgraph.quantization.weight_only import plan_weights, quantize_weights
@@ -37,8 +40,10 @@ __all__ = [
     "Frozen",
     "Pact",
     "QuantizationPlan",
+    "Region",
     "Repairs",
     "apply_quantization",
+    "best_reach",
     "calibrate",
     "choose_ranges",
     "collect_statistics",
@@ -55,8 +60,10 @@ __all__ = [
     "prepare_qat",
     "quantize_dynamic",
     "quantize_weights",
+    "reconstruct",
     "smooth",
     "values_to_observe",
+    "with_best_reach",
 ]
 
 # Each is imported when it is first asked for. No module may have the name of a function here: importing it would take
@@ -70,7 +77,9 @@ _HOMES = {
     "Pact": "quantization.fake_quantizers",
     "QuantizationPlan": "quantization.plan",
     "Repairs": "quantization.repair",
+    "Region": "quantization.regions",
     "apply_quantization": "quantization.apply",
+    "best_reach": "quantization.reach",
     "calibrate": "quantization.calibration",
     "choose_ranges": "quantization.calibration",
     "collect_statistics": "quantization.calibration",
@@ -87,8 +96,10 @@ _HOMES = {
     "prepare_qat": "quantization.qat",
     "quantize_dynamic": "quantization.dynamic",
     "quantize_weights": "quantization.weight_only",
+    "reconstruct": "quantization.reconstruction",
     "smooth": "quantization.smoothing",
     "values_to_observe": "quantization.calibration",
+    "with_best_reach": "quantization.reach",
 }
 
 

@@ -85,9 +85,9 @@ def learn_region(
     Raises:
         CalibrationError: the error becomes NaN or infinite.
     """
-    judges = list(batches[_HELD_OUT - 1 :: _HELD_OUT]) or list(batches[-1:])
-    teachers = [b for index, b in enumerate(batches) if index % _HELD_OUT != _HELD_OUT - 1]
-    teachers = teachers[:-1] if len(batches) < _HELD_OUT and len(teachers) > 1 else teachers
+    held_out = set(range(len(batches))[_HELD_OUT - 1 :: _HELD_OUT]) or {len(batches) - 1}
+    judges = [batches[index] for index in sorted(held_out)]
+    teachers = [batch for index, batch in enumerate(batches) if index not in held_out] or judges
     near = {node: LayerTensors(layer.nearest, None) for node, layer in layers.items()}
     nearest_error = _error(span, judges, {**others, **near}, quantized)
     if nearest_error == 0.0:
@@ -96,12 +96,13 @@ def learn_region(
     shifts = _Shifts.of(span, batches[0], layers, real) if recipe.biases else _Shifts({}, {})
     groups = [layer.rounding.logits for layer in layers.values()] + list(shifts.steps.values())
     optimizer = torch.optim.Adam(groups, lr=recipe.lr)
-    generator = torch.Generator(span_device := teachers[0].target.device).manual_seed(recipe.seed)
+    device = batches[0].target.device
+    generator = torch.Generator(device).manual_seed(recipe.seed)
     mix = _mixing(recipe.drop, generator)
     count = sum(layer.weight.numel() for layer in layers.values())
     order: list[int] = []
     for step in range(recipe.steps):
-        order = order or torch.randperm(len(teachers), generator=generator, device=span_device).tolist()
+        order = order or torch.randperm(len(teachers), generator=generator, device=device).tolist()
         batch = teachers[order.pop()]
         with torch.enable_grad():
             ups = {node: layer.rounding.up() for node, layer in layers.items()}
