@@ -412,10 +412,33 @@ SCHEMA = {
             "low": NUMBER,
             "high": NUMBER,
             "algorithm": TEXT,
+            "codes": Maybe([INTEGER]),
         }
     ],
     "history": [{"step": TEXT, "parameters": dict, "result": dict}],
     "notices": [{"level": TEXT, "text": TEXT}],
+    "control": Maybe(dict),
+    "losses": Maybe(
+        {
+            "layers": [
+                {
+                    "name": TEXT,
+                    "written": TEXT,
+                    "operator": TEXT,
+                    "share": NUMBER,
+                    "weight_share": NUMBER,
+                    "noise": NUMBER,
+                    "snr_db": Maybe(NUMBER),
+                    "causes": [{"name": TEXT, "quantizer": TEXT, "text": TEXT, "advice": TEXT}],
+                    "advice": TEXT,
+                    "why": TEXT,
+                    "channels": Maybe(dict),
+                }
+            ],
+            "noise": NUMBER,
+            "samples": INTEGER,
+        }
+    ),
     "missing": dict,
 }
 
