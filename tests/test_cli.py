@@ -74,7 +74,7 @@ NET = """
 
 
 def test_these_are_the_commands():
-    wanted = ["bench", "compress", "convert", "demo", "doctor", "evaluate", "inspect", "targets", "verify"]
+    wanted = ["analyze", "bench", "compress", "convert", "demo", "doctor", "evaluate", "inspect", "targets", "verify"]
     assert sorted(COMMANDS) == wanted
 
 
