@@ -66,7 +66,7 @@ def test_a_model_is_not_converted_onto_itself(saved):
 
 @pytest.mark.parametrize("name", ["net.tflite", "net"])
 def test_a_form_that_does_not_exist_is_refused(name, program, tmp_path):
-    with pytest.raises(ExportError, match=r"give .pt2 or .onnx"):
+    with pytest.raises(ExportError, match=r"give .pt2, .onnx or .ort"):
         convert(program, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

@@ -48,3 +48,13 @@ def test_a_model_that_onnx_runtime_does_not_take_is_no_file(onnx_file):
     with pytest.raises(ExportError, match="cannot write the model"):
         export_ort(onnx_file, onnx_file.with_suffix(".ort"), {"input": torch.rand(2, 3, 16, 16)})
     assert not onnx_file.with_suffix(".ort").exists()
+
+
+def test_programs_are_saved_and_converted_by_the_suffix(onnx_file):
+    program = slimgraph.load(onnx_file)
+    slimgraph.convert(program, onnx_file.with_name("converted.ort"))
+    slimgraph.save(program, onnx_file.with_name("saved.ort"))
+    assert sorted(path.name for path in onnx_file.parent.iterdir()) == ["converted.ort", "model.onnx", "saved.ort"]
+    session = onnxruntime.InferenceSession(onnx_file.with_name("converted.ort"), providers=["CPUExecutionProvider"])
+    x = torch.rand(2, 3, 16, 16)
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], program(x).detach().numpy(), atol=1e-2)

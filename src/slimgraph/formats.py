@@ -70,7 +70,7 @@ def load(
 
 
 def save(program: Program, path: str | os.PathLike[str]) -> None:
-    """Write a program: `.pt2` to load it again, `.onnx` to run it, checked as by `convert`.
+    """Write a program: `.pt2` to load it again, `.onnx` or `.ort` to run it, checked as by `convert`.
 
     Raises:
         ExportError: the suffix is another one, the program has no ONNX form, or the ONNX file is found wrong.
@@ -81,20 +81,21 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     match Path(path).suffix.lower():
         case ".pt2":
             save_program(program, path)
-        case ".onnx":
+        case ".onnx" | ".ort":
             _write_checked(program, Path(path), "float32")
         case suffix:
-            raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2 or .onnx.")
+            raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2, .onnx or .ort.")
 
 
 def convert(
     source: Program | str | os.PathLike[str], out: str | os.PathLike[str], *, precision: str = "float32"
 ) -> None:
-    """Write a program, or the one in a model file, in the form that the suffix of `out` names: `.onnx` or `.pt2`.
+    """Write a program, or the one in a model file, in the form that the suffix of `out` names: `.onnx`, `.ort`, `.pt2`.
 
     An ONNX file is checked before it gets its name: in float32, and quantized, it has to compute in ONNX Runtime what
     the program computes; docs/export.md says how closely. In half precision only ONNX's own rules are checked, since
-    the CPU has few kernels for it, and ONNX Runtime 1.32 crashes while it optimizes some of such models.
+    the CPU has few kernels for it, and ONNX Runtime 1.32 crashes while it optimizes some of such models. An `.ort`
+    file, for ONNX Runtime's mobile builds, is made of a checked ONNX file, and has to answer as that one does.
 
     Args:
         precision: "float32" leaves the numbers as they are; "float16" and "bfloat16" change all floating-point numbers
@@ -114,7 +115,7 @@ def convert(
     if not isinstance(source, Program) and target.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the model that is to be converted. Give another name for the result.")
     program = source if isinstance(source, Program) else load(source)
-    if target.suffix.lower() == ".onnx":
+    if target.suffix.lower() in (".onnx", ".ort"):
         _write_checked(program, target, precision)
     else:
         save(program if precision == "float32" else cast(program, PRECISIONS[precision]), target)
@@ -125,11 +126,13 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
     from slimgraph.deploy.check_export import SAMPLES, check_export
     from slimgraph.deploy.onnx import PRECISIONS, add_tail, export_onnx
     from slimgraph.deploy.onnx_tail import check_stitched
+    from slimgraph.deploy.ort import export_ort
     from slimgraph.deploy.random_inputs import random_inputs
 
     with scratch_directory(target.parent) as folder, TemporaryDirectory(dir=folder) as inner:
-        written = folder / target.name
-        head = written if program.tail is None else Path(inner) / target.name
+        is_ort = target.suffix.lower() == ".ort"
+        written = Path(inner) / "whole.onnx" if is_ort else folder / target.name
+        head = written if program.tail is None else Path(inner) / "network.onnx"
         export_onnx(program, head, precision=precision, with_tail=False)
         # Samples that differ, or one that leaks into another could not be seen.
         batch = None if program.signature.batch_axis is None else SAMPLES
@@ -143,6 +146,8 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
             add_tail(program.tail, head, written)
             if not is_half:
                 check_stitched(written, head, program.tail, inputs)
+        if is_ort:
+            export_ort(written, folder / target.name, inputs)
         move_together(folder, target.parent)
 
 

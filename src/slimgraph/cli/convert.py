@@ -17,7 +17,7 @@ def convert(
             metavar="IN", help="A .pt2 or .onnx file, the folder of a Paddle model, or package.module:factory."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, .onnx or .pt2.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .onnx, .pt2, or .ort.")],
     given: ModelOptions,
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"],

@@ -143,8 +143,8 @@ def require_output(out: Path, model: str) -> None:
         ConfigError: it is the model itself.
         OutputError: its folder is missing or not writable, or a folder has its name.
     """
-    if out.suffix.lower() not in (".onnx", ".pt2"):
-        raise ExportError(f"{out} has the suffix {out.suffix!r}; give .pt2 or .onnx.")
+    if out.suffix.lower() not in (".onnx", ".ort", ".pt2"):
+        raise ExportError(f"{out} has the suffix {out.suffix!r}; give .pt2, .onnx or .ort.")
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise ConfigError(f"{out} is the model that is to be converted. Give another name for the result.")
     if out.is_dir():
