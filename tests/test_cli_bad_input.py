@@ -150,12 +150,6 @@ def test_what_files_alone_can_tell_is_told_before_pytorch_is_imported():
     wanted = (
         *("give .pt2, .onnx or .ort", "there is no folder missing", "is a folder", "another name"),
         "no file missing.onnx",
-            "give .pt2, .onnx or .ort",
-            "there is no folder missing",
-            "is a folder",
-            "another name",
-            "no file missing.onnx",
-        ),
         *("empty.onnx cannot be read: the file is empty", "--weights is for", "--params is for", "no file p.pdiparams"),
         *("no file w.safetensors", "no file missing.onnx", "net.pt2 is no folder", "no file or folder missing.npz"),
         *("empty.npz cannot be read", "empty.npz cannot be read", "empty.onnx cannot be read", "no file missing.onnx"),
