@@ -35,6 +35,7 @@ PUBLIC = [
     "measure_latency",
     "quantize",
     "save",
+    "train_quantized",
 ]
 
 
@@ -64,12 +65,13 @@ def test_every_public_name_is_documented(name):
     "call",
     [
         lambda module, x: slimgraph.quantize(module, calibration=[x]),
+        lambda module, x: slimgraph.train_quantized(module, [x], steps=1),
         lambda module, x: slimgraph.compress(module, [x], out="nowhere"),
         lambda module, x: slimgraph.compare(slimgraph.capture(module, x), module, [x]),
         lambda module, x: slimgraph.save(module, "nowhere.pt2"),
         lambda module, x: slimgraph.convert(module, "nowhere.onnx"),
     ],
-    ids=["quantize", "compress", "compare", "save", "convert"],
+    ids=["quantize", "train_quantized", "compress", "compare", "save", "convert"],
 )
 def test_a_module_that_was_not_captured_is_answered_with_how_to(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slimgraph.formats import convert, load, save
     from slimgraph.program.capture import capture
     from slimgraph.program.program import Program
+    from slimgraph.quantization.aware_training import train_quantized
     from slimgraph.quantization.quantize import quantize
     from slimgraph.training.evaluate import evaluate
 
@@ -55,6 +56,7 @@ __all__ = [
     "measure_latency",
     "quantize",
     "save",
+    "train_quantized",
 ]
 
 # Each is imported when it is first asked for: whoever only loads a model does not wait for ONNX Runtime or matplotlib.
@@ -82,6 +84,7 @@ _HOMES = {
     "measure_latency": "slimgraph.deploy.latency",
     "quantize": "slimgraph.quantization.quantize",
     "save": "slimgraph.formats",
+    "train_quantized": "slimgraph.quantization.aware_training",
 }
 
 

@@ -1,6 +1,6 @@
 """Quantization: plan it, calibrate it, repair it, train for it, and write it into a program.
 
-`slimgraph.quantize` does all of it in one call. The names below are its steps, for those
+`slimgraph.quantize` and `slimgraph.train_quantized` do all of it in one call. The names below are its steps, for those
 who look at a plan, change it, or train in a loop of their own.
 """
 

@@ -162,7 +162,8 @@ def fit(
             with such a value, and the error's `fitted` is the best so far.
     """
     require_program(program)
-    _require_options(epochs, steps, clip, accumulate, evaluate, evaluate_every, best_path)
+    require_length(epochs, steps)
+    _require_options(clip, accumulate, evaluate, evaluate_every, best_path)
     loss_of = find_loss(loss)
     read = stream_batches(data if callable(data) else lambda: data, "The training data", program.signature)
     batches = read()
@@ -345,22 +346,28 @@ class _Loop:
         return error
 
 
+def require_length(epochs: int | None, steps: int | None) -> None:
+    """Return if one of them, and only one, says how long a training is.
+
+    Raises:
+        ConfigError: none does, or both do, or it is below zero.
+    """
+    if (epochs is None) == (steps is None):
+        raise ConfigError(f"epochs is {epochs} and steps is {steps}; give one of them, and not the other.")
+    if (epochs or 0) < 0 or (steps or 0) < 0:
+        raise ConfigError(f"epochs is {epochs} and steps is {steps}; give at least 0.")
+
+
 def _require_options(
-    epochs: int | None,
-    steps: int | None,
     clip: float | None,
     accumulate: int,
     evaluate: Evaluate | None,
     evaluate_every: int | None,
     best_path: str | os.PathLike[str] | None,
 ) -> None:
-    if (epochs is None) == (steps is None):
-        raise ConfigError(f"epochs is {epochs} and steps is {steps}; give one of them, and not the other.")
-    for name, number in (("epochs", epochs), ("steps", steps), ("evaluate_every", evaluate_every)):
-        if number is not None and number < (name == "evaluate_every"):
-            raise ConfigError(f"{name} is {number}; give at least {int(name == 'evaluate_every')}.")
-    if accumulate < 1:
-        raise ConfigError(f"accumulate is {accumulate}; give at least 1.")
+    for name, number in (("accumulate", accumulate), ("evaluate_every", evaluate_every)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} is {number}; give at least 1.")
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip is {clip}; give more than 0.")
     if evaluate is None and (evaluate_every is not None or best_path is not None):

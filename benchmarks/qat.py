@@ -1,0 +1,127 @@
+"""Accuracy after a short quantization-aware training, beside that of post-training quantization.
+
+Usage: python benchmarks/qat.py [resnet20|mobilenet_v2] [--bits 8/8 4/8 4/4] [--steps 400] [--learned] [--imitate]
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from parts.networks import MOBILENET_V2, RESNET20, Network
+from parts.printing import print_table
+
+import slimgraph
+from slimgraph.program.program import Program
+from slimgraph.quantization.aware_training import train_quantized
+from slimgraph.training.batch import Batch
+from slimgraph.training.losses import imitate
+from slimgraph.training.paired import paired_difference
+
+_NETWORKS = {"resnet20": RESNET20, "mobilenet_v2": MOBILENET_V2}
+_TRAINING = {"resnet20": "cifar10_train_jpeg.npz", "mobilenet_v2": "imagenet_sample1000_224_jpeg.npz"}
+_JUDGEMENT = {
+    "resnet20": "cifar10_train_jpeg.npz[48000:]",
+    "mobilenet_v2": "imagenet_sample1000_224_jpeg.npz[256:]",
+}
+"""What chooses the best state: training images, so that the test images are seen once, at the end."""
+
+
+@dataclass
+class Shuffled:
+    """Batches in another order at each pass, mirrored at random, and shifted by up to an eighth."""
+
+    batches: list[Batch]
+    size: int
+
+    def __post_init__(self) -> None:
+        (self._name,) = self.batches[0].inputs
+        self._images = torch.cat([batch.inputs[self._name] for batch in self.batches])
+        self._labels = torch.cat([batch.labels for batch in self.batches])
+        self.batches = []
+
+    def __len__(self) -> int:
+        return len(self._images) // self.size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(self._images))
+        for start in range(len(self)):
+            chosen = order[start * self.size : (start + 1) * self.size]
+            images = self._images[chosen]
+            images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+            reach = images.shape[-1] // 8
+            padded = torch.nn.functional.pad(images, (reach, reach, reach, reach))
+            down, right = torch.randint(0, 2 * reach + 1, (2,)).tolist()
+            side = images.shape[-1]
+            yield padded[..., down : down + side, right : right + side], self._labels[chosen]
+
+
+def _rows(
+    network: Network, program: Program, data: Shuffled, judge: list[Batch], options: argparse.Namespace
+) -> list[list[str]]:
+    rows = []
+    arguments = {"lr": options.rate, **({"momentum": 0.9} if options.optimizer == "SGD" else {})}
+    learned = {"weight_quantize_type": "lsq", "activation_quantize_type": "lsq"} if options.learned else {}
+    test = network.evaluation_batches(program)
+    float_result = slimgraph.evaluate(program, test)
+    calibration = [batch.inputs for batch in network.open(program, network.calibration)]
+    for bits in options.bits:
+        weight_bits, activation_bits = map(int, bits.split("/"))
+        narrow = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        common = {"calibration": calibration, "target": "onnxruntime" if bits == "8/8" else "simulate"}
+        ptq = train_quantized(program, data, steps=0, evaluate=judge, **common, **narrow)
+        begun = time.perf_counter()
+        qat = train_quantized(
+            program,
+            data,
+            steps=options.steps,
+            loss=imitate(program) if options.imitate else None,
+            optimizer=(options.optimizer, arguments),
+            evaluate=judge,
+            evaluate_every=max(1, options.steps // 8),
+            **learned,
+            **common,
+            **narrow,
+        )
+        seconds = time.perf_counter() - begun
+        results = [slimgraph.evaluate(each, test) for each in (ptq, qat)]
+        changes = [paired_difference(float_result.correct, result.correct) for result in results]
+        told = qat.history[-1].result
+        cells = [f"{100 * c.difference:+.2f} ({100 * c.low:+.2f} to {100 * c.high:+.2f})" for c in changes]
+        best = f"{told['best_step']} of {told['steps']}"
+        rows.append([bits, f"{100 * float_result.value:.2f}", *cells, f"{seconds:.0f} s", best])
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", nargs="?", choices=list(_NETWORKS), default="resnet20")
+    parser.add_argument("--bits", nargs="*", default=["8/8", "4/8", "4/4"], help="of weights and activations")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--images", type=int, default=48000, help="of the training set")
+    parser.add_argument("--optimizer", default="AdamW")
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--learned", action="store_true", help="learned step sizes instead of followed ranges")
+    parser.add_argument("--imitate", action="store_true", help="imitate the float network instead of the labels")
+    options = parser.parse_args()
+    network = _NETWORKS[options.network]
+    program = network.program()
+    images = list(network.open(program, f"{_TRAINING[options.network]}[:{options.images}]", 500))
+    data = Shuffled(images, options.batch)
+    judge = list(network.open(program, _JUDGEMENT[options.network], 100))
+    rows = _rows(network, program, data, judge, options)
+    print_table(
+        f"Quantization-aware training of {network.title}, {options.steps} steps of {options.batch} images",
+        " ".join(["python benchmarks/qat.py", *sys.argv[1:]]),
+        ["bits of weights/activations", "float", "after training none", "quantization-aware", "time", "best step"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

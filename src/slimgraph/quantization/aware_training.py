@@ -1,0 +1,312 @@
+"""Quantization-aware training in one call."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from slimgraph.deploy.targets import Target, resolved_target
+from slimgraph.errors import ConfigError, DataError
+from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
+from slimgraph.program.program import HistoryEntry, Program, require_program
+from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
+from slimgraph.quantization.apply import apply_quantization
+from slimgraph.quantization.calibration import calibrate
+from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
+from slimgraph.quantization.fake_quantizers import PER_CHANNEL, ActivationRange, Pact, WeightRange
+from slimgraph.quantization.freezing import freeze
+from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.qat import parameter_groups, prepare_qat
+from slimgraph.quantization.quantize import Remembering, prepare, require_finite, require_float, require_work
+from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
+from slimgraph.quantization.reach import with_best_reach
+from slimgraph.training.answers import answering
+from slimgraph.training.batch import Batch
+from slimgraph.training.evaluate import Evaluation
+from slimgraph.training.evaluate import evaluate as evaluate_on
+from slimgraph.training.loop import Hook, Run, fit, require_length
+from slimgraph.training.losses import Loss, find_loss, imitate
+from slimgraph.training.metrics import Metric
+from slimgraph.training.optim import Groups, ScheduleSpec, make_optimizer, make_schedule
+from slimgraph.training.processes import MixedPrecision
+from slimgraph.training.stream import stream_batches
+
+Judge: TypeAlias = Callable[[Program], float | Evaluation]
+
+CALIBRATION_SAMPLES = 256
+JUDGED_SAMPLES = 1024
+"""Samples of the training data on which candidates are judged where there are no others."""
+
+LEARNING_RATE = 1e-4
+"""A tenth of what AdamW trains a network from nothing with."""
+
+
+class FreezeLate(Hook):
+    """Lets ranges and batch norms' statistics stay as they are in the last part of a training.
+
+    Args:
+        ranges_at, statistics_at: the part of all steps after which they stay; None never.
+    """
+
+    def __init__(self, *, ranges_at: float | None = 0.75, statistics_at: float | None = 0.75) -> None:
+        for name, part in (("ranges_at", ranges_at), ("statistics_at", statistics_at)):
+            if part is not None and not 0 <= part <= 1:
+                raise ConfigError(f"freeze_{name} is {part}; give a part of the training, from 0 to 1, or None.")
+        self._ranges_at, self._statistics_at = ranges_at, statistics_at
+
+    def begin(self, run: Run) -> None:
+        """Check that the end can be known."""
+        if run.total_steps is None and (self._ranges_at, self._statistics_at) != (None, None):
+            raise ConfigError(
+                "Ranges or statistics are to be frozen at a part of the training, and the data do not tell how many "
+                "batches they have. Give steps= instead of epochs=, or None for what should never be frozen."
+            )
+
+    def step_begin(self, run: Run) -> None:
+        """Freeze what is due."""
+        for part, freeze_ in ((self._ranges_at, freeze_ranges_), (self._statistics_at, freeze_statistics_)):
+            if part is not None and run.step == math.ceil(part * (run.total_steps or 0)):
+                freeze_(run.program)
+
+
+def train_quantized(
+    program: Program,
+    data: Iterable[Any] | Callable[[], Iterable[Any]],
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    loss: str | Loss | None = None,
+    optimizer: str | tuple[str, Mapping[str, Any]] = ("AdamW", {"lr": LEARNING_RATE}),
+    schedule: ScheduleSpec | None = ("cosine", {"warmup": 0.05}),
+    evaluate: str | Iterable[Any] | Judge | None = None,
+    metric: str | Metric = "top1",
+    evaluate_every: int | None = None,
+    calibration: Iterable[Any] | None = None,
+    target: str | Target = "onnxruntime",
+    algorithm: str = DEFAULT_ALGORITHM,
+    skip: Sequence[str] = (),
+    operators: Sequence[str] | None = None,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    weight_quantize_type: WeightRange = "channel_wise_abs_max",
+    activation_quantize_type: ActivationRange = "moving_average",
+    window_size: int = WINDOW_SIZE,
+    moving_rate: float = MOVING_RATE,
+    pact: Pact | None = None,
+    freeze_ranges_at: float | None = 0.75,
+    freeze_statistics_at: float | None = 0.75,
+    clip: float | None = None,
+    accumulate: int = 1,
+    mixed_precision: MixedPrecision = "no",
+    hooks: Sequence[Hook] = (),
+    best_path: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Program:
+    """The program quantized as by `quantize`, after training in which it is rounded as it will be.
+
+    Post-training quantization is the first candidate, and where the training begins; each evaluation is of the
+    quantized form, as it would be deployed. What is given back is the best of all, so it is never worse than that. The
+    last entry of its history tells what both reached.
+
+    Args:
+        program: a float program, in the form in which it was trained: batch norms not folded. It stays as it is.
+        data: batches for training, as `fit` takes them; read several times.
+        epochs, steps: how long; a fifth of the original training is plenty.
+        loss: as for `fit`. None is cross entropy where there are labels of classes, and where there are no labels the
+            imitation of the float program (`imitate`).
+        optimizer: a class of `torch.optim`, with arguments. Rates of a tenth to a twentieth of the original training's
+            are right. Steps and offsets that are learned are spared its weight decay.
+        schedule: as for `fit`.
+        evaluate: labelled batches, or a specification of them, for `metric`; or a function from the quantized program
+            to a number, higher being better. None judges by the loss over the first 1024 samples of `data`.
+        evaluate_every: steps from one evaluation to the next; None evaluates at the end of each epoch.
+        calibration: batches of inputs for the first ranges; None takes the first 256 samples of `data`.
+        target, algorithm, skip, operators, weight_bits, activation_bits: as for `quantize`.
+        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact: as for `insert`. One range for a
+            whole weight also plans so.
+        freeze_ranges_at, freeze_statistics_at: the part of the training after which ranges, and the statistics of batch
+            norms, stay as they are; None never.
+        clip, accumulate, mixed_precision, best_path, seed, progress: as for `fit`; the file is of the rounded program.
+        hooks: as for `fit`: `freeze(run.program)` gives at any time what `apply_quantization` takes, and training goes
+            on.
+    Raises:
+        CalibrationError, DataError: the data cannot be used.
+        UnknownNameError, ConfigError: an option cannot be used.
+        ProgramError: the program is none, is quantized already, or has nothing to quantize.
+        TrainingError: the loss became NaN or infinite.
+    """
+    require_program(program)
+    require_float(program)
+    require_finite(program)
+    # What is wrong shows before anything slow begins.
+    range_algorithm(algorithm)
+    require_length(epochs, steps)
+    groups = _groups(optimizer, pact)
+    make_schedule(schedule, make_optimizer(optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], {}), steps or 1)
+    late = FreezeLate(ranges_at=freeze_ranges_at, statistics_at=freeze_statistics_at)
+    given = _Given(program, data)
+    loss_of = _usual_loss(program, given) if loss is None else find_loss(loss)
+    judged_by, judge = _judge(given, evaluate, metric, loss_of)
+
+    chosen = resolved_target(target) if isinstance(target, str) else target
+    prepared = prepare(program, target=chosen)
+    plan = plan_quantization(
+        prepared,
+        target=chosen,
+        skip=skip,
+        operators=operators,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        weight_per_channel=weight_quantize_type in PER_CHANNEL,
+    )
+    require_work(plan)
+    batches = given.inputs(CALIBRATION_SAMPLES) if calibration is None else calibration
+    remembered = Remembering(prepared, batches, samples=REPAIR_SAMPLES)
+    plan = calibrate(prepared, with_best_reach(prepared, plan), remembered, algorithm)
+    repaired = correct_bias(prepared, plan, remembered.batches)
+    post_training = apply_quantization(repaired, plan)
+    started = judge(post_training)
+
+    fitted = fit(
+        prepare_qat(
+            program,
+            plan,
+            repaired=repaired,
+            weight_quantize_type=weight_quantize_type,
+            activation_quantize_type=activation_quantize_type,
+            window_size=window_size,
+            moving_rate=moving_rate,
+            pact=pact,
+        ),
+        data,
+        loss=loss_of,
+        optimizer=optimizer,
+        groups=groups,
+        epochs=epochs,
+        steps=steps,
+        schedule=schedule,
+        evaluate=lambda trained: judge(_deployed(trained)),
+        evaluate_every=evaluate_every,
+        hooks=[late, *hooks],
+        clip=clip,
+        accumulate=accumulate,
+        mixed_precision=mixed_precision,
+        best_path=best_path,
+        seed=seed,
+        progress=progress,
+    )
+    reached = math.nan if fitted.value is None else fitted.value
+    is_better = reached > started or (math.isnan(started) and not math.isnan(reached))
+    best = _deployed(fitted.program) if is_better else post_training
+    entry = HistoryEntry(
+        step="train_quantized",
+        parameters={"judged_by": judged_by},
+        result={
+            "post_training": started,
+            "best": reached if is_better else started,
+            "best_step": fitted.step if is_better else 0,
+            "steps": len(fitted.losses),
+        },
+    )
+    return best.with_history(entry)
+
+
+def _deployed(trained: Program) -> Program:
+    frozen = freeze(trained)
+    return apply_quantization(frozen.program, frozen.plan)
+
+
+class _Given:
+    """The training data, of which the beginning serves calibration and judgement as well."""
+
+    def __init__(self, program: Program, data: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
+        if isinstance(data, Iterator):
+            raise DataError(
+                "The training data are an iterator, which can be read only once. Give a list, a loader, or a function "
+                "that returns a new iterator each time."
+            )
+        self._read = stream_batches(data if callable(data) else lambda: data, "The training data", program.signature)
+        first = next(self._read(), None)
+        if first is None:
+            raise DataError("The training data have no batch.")
+        self.first = first
+
+    def beginning(self, samples: int) -> Iterator[Batch]:
+        """The first samples; the last batch is whole."""
+        seen = 0
+        for batch in self._read():
+            yield batch
+            seen += len(batch)
+            if seen >= samples:
+                return
+
+    def inputs(self, samples: int) -> Iterator[dict[str, Tensor]]:
+        """The same without labels."""
+        return (batch.inputs for batch in self.beginning(samples))
+
+
+def _usual_loss(program: Program, given: _Given) -> Loss:
+    labels = given.first.labels
+    if labels is None:
+        return imitate(program)
+    if labels.is_floating_point():
+        raise ConfigError(
+            "The labels are no numbers of classes, so nothing says which loss is meant. Give `loss`: mse, or a "
+            "function of outputs and batch."
+        )
+    return find_loss("cross_entropy")
+
+
+def _judge(
+    given: _Given, evaluate: str | Iterable[Any] | Judge | None, metric: str | Metric, loss: Loss
+) -> tuple[str, Callable[[Program], float]]:
+    """What candidates are judged by, in words and as a function of a quantized program; higher is better."""
+    if evaluate is None:
+        return "loss", lambda quantized: -_mean_loss(quantized, given.beginning(JUDGED_SAMPLES), loss)
+    if callable(evaluate):
+        own = evaluate
+
+        def asked(quantized: Program) -> float:
+            answer = own(quantized)
+            return answer.value if isinstance(answer, Evaluation) else float(answer)
+
+        return _name_of(own), asked
+    data = evaluate
+    if isinstance(data, Iterator):
+        raise DataError(
+            "The data to evaluate on are an iterator, which can be read only once. Give a list or a loader."
+        )
+    return _name_of(metric), lambda quantized: evaluate_on(quantized, data, metric=metric).value
+
+
+def _name_of(metric: Any) -> str:
+    return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _mean_loss(program: Program, batches: Iterable[Batch], loss: Loss) -> float:
+    total = samples = 0.0
+    with answering(program) as answer:
+        for batch in batches:
+            total += float(loss(answer(batch), batch)) * len(batch)
+            samples += len(batch)
+    return total / samples
+
+
+def _groups(optimizer: str | tuple[str, Mapping[str, Any]], pact: Pact | None) -> Callable[[Program], Groups]:
+    if not isinstance(optimizer, (str, tuple)):
+        raise ConfigError(
+            "The optimizer of quantization-aware training is a name of torch.optim, with arguments: the parameters "
+            "that it trains do not exist yet."
+        )
+    arguments = dict(optimizer[1]) if isinstance(optimizer, tuple) and len(optimizer) == 2 else {}
+    return partial(
+        parameter_groups,
+        learning_rate=arguments.get("lr", LEARNING_RATE),
+        weight_decay=arguments.get("weight_decay", 0.0),
+        pact=pact,
+    )
