@@ -1,10 +1,12 @@
 """Shapes and types of every value of a program, without computing any of them."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closest
@@ -12,6 +14,9 @@ from slimgraph.program.edit import FLAGS, tensor_named
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.signature import Signature, TensorSpec
+
+# Operators that take symbolic sizes in Python only, where torch.export has traced them; all others are slower there.
+_IN_PYTHON = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "addcmul", "addcdiv"})
 
 
 def value_shapes(program: Program, sizes: Mapping[str, int] | None = None, batch: int = 1) -> dict[fx.Node, TensorSpec]:
@@ -71,7 +76,8 @@ def refresh(program: Program) -> Program:
                 tensor = None if node.target in FLAGS else tensor_named(program.graph_module, node.target)
                 values[node] = False if tensor is None else mode.from_tensor(tensor.detach(), static_shapes=True)
             elif node.op == "call_function":
-                values[node] = _called(node, values)
+                with enable_python_dispatcher() if operator_name(node.target) in _IN_PYTHON else nullcontext():
+                    values[node] = _called(node, values)
             if node in values and isinstance(values[node], (Tensor, tuple, list, torch.SymInt)):
                 node.meta["val"] = values[node]
     return program

@@ -53,6 +53,7 @@ def apply_pruning(program: Program, plan: PruningPlan, *, proof: bool = True, gr
 def slice_tensors(module: Any, kept: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
     """Replace parameters and buffers by what stays of them; tied ones stay tied."""
     root = module.graph_module if isinstance(module, Program) else module
+    persistent = root.state_dict().keys()
     done: dict[int, Tensor] = {}
     for name, axes in kept.items():
         old = edit.tensor_named(root, name)
@@ -62,11 +63,7 @@ def slice_tensors(module: Any, kept: Mapping[str, Mapping[int, tuple[int, ...]]]
                 new = new.index_select(axis, torch.tensor(indices, device=new.device))
             trained = isinstance(old, torch.nn.Parameter)
             done[id(old)] = torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
-        edit.put(root, name, done[id(old)], persistent=name in _persistent(root))
-
-
-def _persistent(root: torch.nn.Module) -> set[str]:
-    return set(root.state_dict().keys())
+        edit.put(root, name, done[id(old)], persistent=name in persistent)
 
 
 # Sizes in arguments
@@ -130,7 +127,8 @@ def _slice(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     size = len(keep)
     start = given.get("start") or 0
     start = min(max(start + size if start < 0 else start, 0), size)
-    count = kept.traced.values[node].shape[axis]
+    part: Any = node.args[1] if node.target is aten.slice_scatter.default else node
+    count = kept.traced.values[part].shape[axis]
     first = int(keep[:start].sum())
     if node.target is aten.narrow.default:
         _set(twin, "start", first)
@@ -198,6 +196,7 @@ _REWRITES: Mapping[Any, _Rewrite] = MappingProxyType(
         ),
         aten.slice.Tensor: _slice,
         aten.narrow.default: _slice,
+        aten.slice_scatter.default: _slice,
         **dict.fromkeys(
             (
                 *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding),

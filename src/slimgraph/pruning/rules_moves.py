@@ -172,6 +172,29 @@ def slice_(trace: Trace, node: fx.Node) -> Axes:
     return axes
 
 
+def slice_scatter(trace: Trace, node: fx.Node) -> Axes:
+    """A part of an axis is overwritten; all other axes are shared."""
+    given = trace.given(node)
+    axes, written = trace.axes(node.args[0]), trace.axes(node.args[1])
+    axis = int(given.get("dim") or 0) % len(axes)
+    for place, (ours, theirs) in enumerate(zip(axes, written, strict=True)):
+        if place != axis:
+            unify(ours, theirs)
+    tree = trace.axes(node.args[0])[axis]
+    size, count = size_of(tree), size_of(written[axis])
+    start, step = trace.number(given.get("start")) or 0, trace.number(given.get("step")) or 1
+    if count == size:
+        unify(tree, written[axis])
+    elif step != 1 or any(isinstance(given.get(name), fx.Node) for name in ("start", "end", "step")):
+        pin(tree, "sliced in steps")
+        pin(written[axis], "sliced in steps")
+    else:
+        start = min(max(start + size if start < 0 else start, 0), size)
+        rest = split(tree, start)[1] if start else tree
+        unify(rest if count == size_of(rest) else split(rest, count)[0], written[axis])
+    return trace.axes(node.args[0])
+
+
 def getitem(trace: Trace, node: fx.Node) -> Axes | None:
     """One of several results."""
     found = trace.env.get(node.args[0])  # type: ignore[arg-type]
@@ -322,6 +345,7 @@ RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.select.int: select,
         aten.slice.Tensor: slice_,
         aten.narrow.default: slice_,
+        aten.slice_scatter.default: slice_scatter,
         operator.getitem: getitem,
         aten.pad.default: pad,
         aten.constant_pad_nd.default: pad,
