@@ -328,6 +328,22 @@ def test_smoothing_helps_against_an_outlier_channel():
     assert after < before / 10
 
 
+def test_smoothing_is_advised_only_where_channels_can_be_scaled():
+    def advice(activation):
+        module = Chain()
+        module.relu = activation
+        with torch.no_grad():
+            module.second.weight[5] *= 64
+            module.second.bias[5] *= 64
+            module.last.weight[:, 5] /= 64
+        program, plan, statistics = calibrated(module, [images()])
+        found = analyze(program, plan, statistics, [images()]).rows
+        return next(row.advice for row in found if "outlier channel" in row.why and row.causes)
+
+    assert advice(nn.ReLU()).startswith("smooth or equalize the channels")
+    assert advice(nn.GELU()).startswith("its channels cannot be scaled, so --skip ")
+
+
 def test_an_algorithm_that_clips_helps_against_outlier_values():
     batch = images()
     batch[3, 1, 6, 6] = 200.0

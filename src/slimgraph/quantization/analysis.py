@@ -14,7 +14,7 @@ from slimgraph.errors import CalibrationError
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.causes import ACTIVATION_RULES, OUTLIER_ADVICE, WEIGHT_RULES, Shown, outlier_channel
+from slimgraph.quantization.causes import ACTIVATION_RULES, WEIGHT_RULES, Shown, outlier_channel
 from slimgraph.quantization.correct_bias import first_samples
 from slimgraph.quantization.evidence import (
     ActivationEvidence,
@@ -228,7 +228,7 @@ class _Rows:
         seen = self._evidence.get(read or "")
         stands_out = None if seen is None else outlier_channel(seen)
         if stands_out is not None:
-            return f"no fault of its own, but it reads {read}: {stands_out.text}", OUTLIER_ADVICE.format(skip=options)
+            return f"no fault of its own, but it reads {read}: {stands_out.text}", f"{stands_out.remedy}{options}"
         return "no fault of its own: the outputs depend on it", options
 
     def _cause(self, quantizer: QuantizerSensitivity) -> Cause | None:

@@ -71,7 +71,7 @@ class Rule(Generic[_Evidence]):
 
 
 def _number(x: float) -> str:
-    return f"{x:.3g}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _bits(ratio: float) -> str:
@@ -160,7 +160,11 @@ def outlier_channel(seen: ActivationEvidence) -> Shown | None:
         f"{len(reach)} channels ({_number(median)}), which have {_bits(ratio)} less"
     )
     others = f"; {near} channels reach half as far or more" if near > 1 else ""
-    return Shown(text=text + others, channel=channel)
+    remedy = _SCALING if seen.can_be_scaled else "its channels cannot be scaled, so "
+    return Shown(text=text + others, channel=channel, remedy=remedy)
+
+
+_SCALING = "smooth or equalize the channels (Repairs(smooth=True), Repairs(equalize=True)); else "
 
 
 def _median(x: Floats) -> float:
@@ -258,8 +262,6 @@ def _outlier_weights(seen: WeightEvidence) -> Shown | None:
 
 # The tables. The first rule that holds names the cause: what explains more stands before what follows from it.
 
-OUTLIER_ADVICE = "smooth or equalize the channels (Repairs(smooth=True), Repairs(equalize=True)); else {skip}"
-
 ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     Rule(
         "unsigned/signed mismatch",
@@ -279,7 +281,7 @@ ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     Rule(
         "outlier channel",
         outlier_channel,
-        OUTLIER_ADVICE,
+        "{remedy}{skip}",
     ),
     Rule(
         "outlier values",

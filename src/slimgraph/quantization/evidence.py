@@ -16,6 +16,7 @@ from slimgraph.program.program import Program
 from slimgraph.program.scheme import IntScheme, rows_of
 from slimgraph.quantization.apply import weight_grid
 from slimgraph.quantization.calibration import observe
+from slimgraph.quantization.channel_links import channel_links
 from slimgraph.quantization.density import Density, Floats
 from slimgraph.quantization.operators import WEIGHT_AXIS, kind_of
 from slimgraph.quantization.plan import ActivationQuantizer, QuantizationPlan, WeightQuantizer
@@ -55,6 +56,8 @@ class ActivationEvidence:
     """Lowest and highest number of each value that is concatenated or summed here."""
     operator: str | None
     """Kind of the operator that computes the value."""
+    can_be_scaled: bool
+    """Whether its channels may be divided by numbers that the weights behind are multiplied by."""
     ranges: Callable[[], Mapping[str, tuple[float, float]]]
     """The range that each algorithm would choose."""
 
@@ -178,8 +181,17 @@ def activation_evidence(
     computed = {name: _computing(values[name]) for name in wanted}
     parts = {name: [value_of(part) for part in _parts(node)] for name, node in computed.items()}
     spreads = _spreads(program, {*wanted, *(part for found in parts.values() for part in found)}, batches)
+    scalable = {reader.place.value for link in channel_links(program) for reader in link.readers}
     return {
-        name: _activation(quantizer, plan, statistics, spreads, parts[name], kind_of(computed[name]))
+        name: _activation(
+            quantizer,
+            plan,
+            statistics.get(name, statistics.get(quantizer.range_of)),
+            spreads.get(name),
+            parts={part: spreads[part] for part in parts[name] if part in spreads},
+            operator=kind_of(computed[name]),
+            can_be_scaled=name in scalable,
+        )
         for name, quantizer in wanted.items()
     }
 
@@ -187,13 +199,13 @@ def activation_evidence(
 def _activation(
     quantizer: ActivationQuantizer,
     plan: QuantizationPlan,
-    statistics: Mapping[str, ValueStatistics],
-    spreads: Mapping[str, Spread],
-    parts: Iterable[str],
+    seen: ValueStatistics | None,
+    spread: Spread | None,
+    *,
+    parts: Mapping[str, Spread],
     operator: str | None,
+    can_be_scaled: bool,
 ) -> ActivationEvidence:
-    spread = spreads.get(quantizer.value)
-    seen = statistics.get(quantizer.value, statistics.get(quantizer.range_of))
     if not quantizer.dynamic:
         low, high = plan.ranges[quantizer.range_of]
     else:
@@ -205,10 +217,9 @@ def _activation(
         zero_point=int(zero_point),
         spread=spread,
         density=None if quantizer.dynamic or seen is None or seen.histogram is None else seen.density(),
-        parts={
-            name: (float(spreads[name].low.min()), float(spreads[name].high.max())) for name in parts if name in spreads
-        },
+        parts={name: (float(part.low.min()), float(part.high.max())) for name, part in parts.items()},
         operator=operator,
+        can_be_scaled=can_be_scaled,
         ranges=partial(_ranges, None if quantizer.dynamic else seen, quantizer.scheme),
     )
 
