@@ -252,6 +252,20 @@ def test_a_float_program_has_no_kernels_to_count(tmp_path):
     assert (check.integer_kernels, check.float_kernels) == (0, 0)
 
 
+def test_progress_counts_every_quantized_value_and_the_whole(tmp_path):
+    program = program_of(quantized=True)
+    told = []
+    check = check_export(program, exported(program, tmp_path), X, progress=lambda *counted: told.append(counted))
+    assert told == [(done, check.integer_values + 1) for done in range(check.integer_values + 2)]
+
+
+def test_converting_tells_that_it_writes_and_that_it_checks(tmp_path):
+    told = []
+    convert(program_of(), tmp_path / "net.onnx", progress=lambda *said: told.append(said))
+    path = tmp_path / "net.onnx"
+    assert told == [(f"Writing {path}", 0, None), (f"Checking {path}", 0, 1), (f"Checking {path}", 1, 1)]
+
+
 # Weights beside the model
 
 

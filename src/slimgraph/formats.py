@@ -1,6 +1,8 @@
 """Load and save models by the suffix of their file."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,13 +84,17 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         case ".pt2":
             save_program(program, path)
         case ".onnx" | ".ort":
-            _write_checked(program, Path(path), "float32")
+            _write_checked(program, Path(path), "float32", _say_nothing)
         case suffix:
             raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2, .onnx or .ort.")
 
 
 def convert(
-    source: Program | str | os.PathLike[str], out: str | os.PathLike[str], *, precision: str = "float32"
+    source: Program | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: str = "float32",
+    progress: Callable[[str, int, int | None], None] | None = None,
 ) -> None:
     """Write a program, or the one in a model file, in the form that the suffix of `out` names: `.onnx`, `.ort`, `.pt2`.
 
@@ -100,6 +106,7 @@ def convert(
     Args:
         precision: "float32" leaves the numbers as they are; "float16" and "bfloat16" change all floating-point numbers
             of the file, inputs and outputs included.
+        progress: told what is going on, how much of it is done, and of how much; None: that is not known.
     Raises:
         ModelLoadError: as `load`.
         ConfigError: there is no such precision, a quantized program was to change it, or `out` is the source itself.
@@ -116,12 +123,16 @@ def convert(
         raise ConfigError(f"{target} is the model that is to be converted. Give another name for the result.")
     program = source if isinstance(source, Program) else load(source)
     if target.suffix.lower() in (".onnx", ".ort"):
-        _write_checked(program, target, precision)
+        _write_checked(program, target, precision, progress or _say_nothing)
     else:
         save(program if precision == "float32" else cast(program, PRECISIONS[precision]), target)
 
 
-def _write_checked(program: Program, target: Path, precision: str) -> None:
+def _say_nothing(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody asked for."""
+
+
+def _write_checked(program: Program, target: Path, precision: str, say: Callable[[str, int, int | None], None]) -> None:
     # These take seconds to import, and neither loading nor a .pt2 needs them.
     from slimgraph.deploy.check_export import SAMPLES, check_export
     from slimgraph.deploy.onnx import PRECISIONS, add_tail, export_onnx
@@ -133,6 +144,7 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
         is_ort = target.suffix.lower() == ".ort"
         written = Path(inner) / "whole.onnx" if is_ort else folder / target.name
         head = written if program.tail is None else Path(inner) / "network.onnx"
+        say(f"Writing {target}", 0, None)
         export_onnx(program, head, precision=precision, with_tail=False)
         # Samples that differ, or one that leaks into another could not be seen.
         batch = None if program.signature.batch_axis is None else SAMPLES
@@ -141,7 +153,7 @@ def _write_checked(program: Program, target: Path, precision: str) -> None:
         if is_half:
             _check_rules(head)
         else:
-            check_export(program, head, inputs, called=target)
+            check_export(program, head, inputs, called=target, progress=partial(say, f"Checking {target}"))
         if program.tail is not None:
             add_tail(program.tail, head, written)
             if not is_half:

@@ -1,6 +1,7 @@
 """Write the ONNX file of a result, and what it is measured against."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from slimgraph.auto.measurements import Judged, judge
@@ -40,10 +41,12 @@ class ResultFiles:
         self.reference = scratch / "float.onnx" if float_reference is None else Path(float_reference)
         self._to_export = program if float_reference is None else None
 
-    def export(self, program: Program) -> None:
+    def export(self, program: Program, say: Progress) -> None:
         """Write what is measured: the network of the program, and of the original."""
+        say("Writing ONNX", 0, None)
         export_onnx(program, self.head, with_tail=False, narrow_codes=self._narrow)
         if self._to_export is not None:
+            say("Writing the original as ONNX", 0, None)
             export_onnx(self._to_export, self.reference, with_tail=False)
             self._to_export = None
 
@@ -53,12 +56,13 @@ class ResultFiles:
         Raises:
             ExportError: the file does not compute what the program computes.
         """
-        say("Writing ONNX", 0, None)
-        self.export(program)
-        say("Checking the ONNX file", 0, None)
+        self.export(program, say)
         some = next(iter(how.calibration)).inputs
-        check_export(program, self.head, some, called=self._result.name)
+        check_export(
+            program, self.head, some, called=self._result.name, progress=partial(say, "Checking the ONNX file")
+        )
         if program.tail is not None:
+            say("Putting the post-processing behind", 0, None)
             add_tail(program.tail, self.head, self._result)
             signature = program.signature
             one = {name: x[:1] if name in signature.batched else x for name, x in signature.bind(some).items()}

@@ -114,8 +114,8 @@ class Widths:
         )
 
     def _times(self, quantized: Quantization, files: ResultFiles, how: Judged, say: Progress) -> LayerTimes:
+        files.export(quantized.program, say)
         say("Measuring layers", 0, None)
-        files.export(quantized.program)
         sample = next(first_samples(how.calibration, quantized.program.signature, 1, at_once=1))
         floating, integer = (
             measure_layer_latency(file, sample, threads=how.threads) for file in (files.reference, files.head)

@@ -36,7 +36,7 @@ def convert(
         progress(f"Opening {model}")
         program = open_program(model, given)
         progress(f"Writing {out}")
-        convert_program(program, out, precision=precision)
+        convert_program(program, out, precision=precision, progress=progress)
     size, notices = out.stat().st_size, list(axis_notices(program.history))
     return Answer(
         data={"model": model, "written": out, "precision": precision, "size_bytes": size, "notices": notices},

@@ -1,7 +1,7 @@
 """Prove that an ONNX file computes what the program computes, before anybody ships it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ class ExportCheck:
 
 
 def check_export(
-    program: Program, path: str | os.PathLike[str], batch: Any, *, called: str | os.PathLike[str] | None = None
+    program: Program,
+    path: str | os.PathLike[str],
+    batch: Any,
+    *,
+    called: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ExportCheck:
     """Compare an ONNX file with the program that it was written from.
 
@@ -57,13 +62,17 @@ def check_export(
         batch: a batch of real inputs, as `Signature.bind` takes them. Its first `SAMPLES` samples are used where the
             batch is free, and some of them also alone, in twos and in sevens.
         called: what messages call the file, where it has not got its own name yet.
+        progress: told how many of how many comparisons are done: of each quantized value, and of the whole file.
     Raises:
         ExportError: they disagree; the message names the value, and by how much.
     """
     inputs = _first_samples(program, program.signature.bind(batch, where="The batch for checking the export"))
     program = program if not program.training else program.copy().eval()
-    code_check = _compare_codes(program, Path(path), inputs)
+    values = sum(map(_is_quantizer, program.graph.nodes))
+    progress(0, values + 1)
+    code_check = _compare_codes(program, Path(path), inputs, lambda done: progress(done, values + 1))
     error, agreement = compare_outputs(program, OnnxModel.open(path), called or path, inputs, code_check[2])
+    progress(values + 1, values + 1)
     integer, floating = _kernels(path) if is_quantized(program.graph) else (0, 0)
     return ExportCheck(
         integer_values=code_check[0],
@@ -99,9 +108,11 @@ def _is_quantizer(node: fx.Node) -> bool:
 class _FollowingIntegers(fx.Interpreter):
     """Runs a quantized program, but goes on from each quantizer with the integers that ONNX Runtime had there."""
 
-    def __init__(self, program: Program, codes: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def __init__(
+        self, program: Program, codes: Mapping[str, np.ndarray[Any, Any]], progress: Callable[[int], None]
+    ) -> None:
         super().__init__(program.graph_module)
-        self._codes = codes
+        self._codes, self._progress = codes, progress
         self.largest, self.unequal, self.total, self.values = 0, 0, 0, 0
 
     def run_node(self, n: fx.Node) -> Any:
@@ -123,13 +134,16 @@ class _FollowingIntegers(fx.Interpreter):
                 "integers; one is the most that rounding explains."
             )
         self.values += 1
+        self._progress(self.values)
         self.largest = max(self.largest, largest)
         self.unequal += int((difference != 0).sum())
         self.total += difference.numel()
         return given
 
 
-def _compare_codes(program: Program, path: Path, inputs: Mapping[str, Tensor]) -> tuple[int, int, float]:
+def _compare_codes(
+    program: Program, path: Path, inputs: Mapping[str, Tensor], progress: Callable[[int], None]
+) -> tuple[int, int, float]:
     names = {value_of(node) for node in program.graph.nodes if _is_quantizer(node)}
     if not names:
         return 0, 0, 0.0
@@ -145,7 +159,7 @@ def _compare_codes(program: Program, path: Path, inputs: Mapping[str, Tensor]) -
     known = {info.name: info for info in model.graph.value_info}
     model.graph.output.extend(known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in shown)
     results = OnnxModel.open(model.SerializeToString())(dict(inputs))
-    follower = _FollowingIntegers(program, {name: results[name] for name in names})
+    follower = _FollowingIntegers(program, {name: results[name] for name in names}, progress)
     with torch.inference_mode():
         follower.run(*inputs.values())
     return follower.values, follower.largest, follower.unequal / max(follower.total, 1)
