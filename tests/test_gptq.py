@@ -36,7 +36,7 @@ def test_a_column_makes_up_for_the_one_before_it():
     # when the first was rounded to 0, the second is 0.8 and becomes 1.
     data = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     weight = torch.tensor([[0.4, 0.4, 7.0]])
-    rounded, reach = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0), damping=1e-9, reach=[7.0])
+    rounded, reach = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0), dampings=[1e-9], reach=[7.0])
     assert rounded.tolist() == [[0.0, 1.0, 7.0]]
     assert reach == (7.0,)
     assert rounded_weight(weight, IntScheme(bits=4, axis=0)).tolist() == [[0.0, 0.0, 7.0]]
@@ -62,7 +62,7 @@ def test_the_update_is_that_of_the_optimal_brain_surgeon():
         weight.double(), rounded_weight(weight, scheme, reach).double(), data
     )
     expected = torch.where(better[:, None], expected, rounded_weight(weight, scheme, reach))
-    rounded, _ = gptq_matrix(weight, hessian, scheme, damping=damping)
+    rounded, _ = gptq_matrix(weight, hessian, scheme, dampings=[damping])
     torch.testing.assert_close(rounded, expected)
 
 
@@ -90,12 +90,25 @@ def test_blocks_change_nothing(monkeypatch):
     torch.testing.assert_close(small, whole)
 
 
+def test_what_the_data_say_by_accident_is_not_believed():
+    """Of independent inputs nothing can make up for another; with as few rows as columns the data seem to say so."""
+    torch.manual_seed(11)
+    fit, judge, fresh = (torch.randn(80, 64) for _ in range(3))
+    weight, scheme = torch.randn(64, 64), IntScheme(bits=3, axis=0)
+    nearest = rounded_weight(weight, scheme, best_reach(weight, scheme))
+    trusting, _ = gptq_matrix(weight, fit.T @ fit, scheme, dampings=[0.01])
+    careful, _ = gptq_matrix(weight, fit.T @ fit, scheme, judge_KK=judge.T @ judge)
+    limit = error(weight, nearest, fresh).sum()
+    assert error(weight, trusting, fresh).sum() > 1.2 * limit
+    assert error(weight, careful, fresh).sum() < 1.05 * limit  # 80 rows do not judge exactly
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_a_singular_hessian_is_damped_as_far_as_it_needs(damping):
     torch.manual_seed(3)
     data, weight = correlated(5, 40), torch.randn(3, 40)  # rank 5
     data[:, 7] = data[:, 3]
-    rounded, _ = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0), damping=damping)
+    rounded, _ = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0), dampings=[damping])
     assert rounded.isfinite().all()
     nearest = rounded_weight(weight, IntScheme(bits=4, axis=0), best_reach(weight, IntScheme(bits=4, axis=0)))
     assert error(weight, rounded, data).sum() < error(weight, nearest, data).sum()
@@ -274,6 +287,6 @@ def test_data_and_options_that_cannot_be_used_are_refused(net):
     with pytest.raises(CalibrationError, match="no batch"):
         gptq(net, plan, [])
     with pytest.raises(ConfigError, match="damping"):
-        gptq(net, plan, [images()], damping=-1.0)
+        gptq(net, plan, [images()], dampings=[-1.0])
     with pytest.raises(ConfigError, match="no ranges"):
         gptq(net, plan_quantization(net), [images()])
