@@ -33,6 +33,7 @@ PUBLIC = [
     "evaluate",
     "load",
     "measure_latency",
+    "prune",
     "quantize",
     "save",
     "train_quantized",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slimgraph.formats import convert, load, save
     from slimgraph.program.capture import capture
     from slimgraph.program.program import Program
+    from slimgraph.pruning.prune import prune
     from slimgraph.quantization.aware_training import train_quantized
     from slimgraph.quantization.quantize import quantize
     from slimgraph.training.evaluate import evaluate
@@ -54,6 +55,7 @@ __all__ = [
     "evaluate",
     "load",
     "measure_latency",
+    "prune",
     "quantize",
     "save",
     "train_quantized",
@@ -82,6 +84,7 @@ _HOMES = {
     "evaluate": "slimgraph.training.evaluate",
     "load": "slimgraph.formats",
     "measure_latency": "slimgraph.deploy.latency",
+    "prune": "slimgraph.pruning.prune",
     "quantize": "slimgraph.quantization.quantize",
     "save": "slimgraph.formats",
     "train_quantized": "slimgraph.quantization.aware_training",

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
+from torch.optim import Optimizer
 
 import slimgraph.program.edit as edit
 from slimgraph.program.program import HistoryEntry, Json, Program
@@ -14,21 +15,44 @@ from slimgraph.program.shapes import refresh
 from slimgraph.pruning.axes import factor_inner, size_of
 from slimgraph.pruning.groups import Groups, find_groups
 from slimgraph.pruning.kept import Kept
+from slimgraph.pruning.optimizer import slice_optimizer
 from slimgraph.pruning.plan import PruningPlan
 from slimgraph.pruning.prove import prove
+from slimgraph.pruning.slices import sliced
 
 aten = torch.ops.aten
 
 
-def apply_pruning(program: Program, plan: PruningPlan, *, proof: bool = True, groups: Groups | None = None) -> Program:
-    """The program without the indices that a plan removes.
+@overload
+def apply_pruning(
+    program: Program, plan: PruningPlan, *, proof: bool = True, groups: Groups | None = None
+) -> Program: ...
+
+
+@overload
+def apply_pruning(
+    program: Program, plan: PruningPlan, *, proof: bool = True, groups: Groups | None = None, optimizer: Optimizer
+) -> tuple[Program, Optimizer]: ...
+
+
+def apply_pruning(
+    program: Program,
+    plan: PruningPlan,
+    *,
+    proof: bool = True,
+    groups: Groups | None = None,
+    optimizer: Optimizer | None = None,
+) -> Program | tuple[Program, Optimizer]:
+    """The program without the indices that a plan removes, with an optimizer for it where one is given.
 
     Args:
         proof: compute, in float64, that it gives what the program gives where the removed indices are zero for whoever
             reads them, to 1e-9 of the range of the outputs.
         groups: of this very program, where they are at hand.
+        optimizer: of the program's parameters; it stays as it is, and a copy goes on with those that are left, and with
+            what it knows of them.
     Raises:
-        ConfigError: the plan speaks of groups that the program has not got.
+        ConfigError: the plan speaks of groups that the program has not got, or the optimizer is not of the program.
         ProgramError: the proof fails; the message names the group.
     """
     found = groups if groups is not None else find_groups(program, norm_axes=plan.norm_axes)
@@ -47,7 +71,7 @@ def apply_pruning(program: Program, plan: PruningPlan, *, proof: bool = True, gr
     result = pruned.with_history(HistoryEntry(step="prune", parameters=parameters))
     if proof:
         prove(program, result, kept, plan)
-    return result
+    return result if optimizer is None else (result, slice_optimizer(optimizer, program, result, plan))
 
 
 def slice_tensors(module: Any, kept: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
@@ -58,9 +82,7 @@ def slice_tensors(module: Any, kept: Mapping[str, Mapping[int, tuple[int, ...]]]
     for name, axes in kept.items():
         old = edit.tensor_named(root, name)
         if id(old) not in done:
-            new = old.detach()
-            for axis, indices in axes.items():
-                new = new.index_select(axis, torch.tensor(indices, device=new.device))
+            new = sliced(old.detach(), axes)
             trained = isinstance(old, torch.nn.Parameter)
             done[id(old)] = torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
         edit.put(root, name, done[id(old)], persistent=name in persistent)

@@ -1,5 +1,7 @@
 """The slices of tensors that belong to each index of a group."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,10 @@ def group_owners(groups: Groups, group: Group) -> dict[str, Tensor]:
         assert size_of(tree) == member.size
         found[f"{member.parameter}:{member.axis}"] = owners(tree, groups.atoms[group.name])
     return found
+
+
+def sliced(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The part of a tensor that stays, by axis."""
+    for axis, indices in kept.items():
+        tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+    return tensor

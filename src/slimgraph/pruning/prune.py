@@ -1,0 +1,140 @@
+"""Prune a program in one call: groups, scores, what goes, and the smaller program."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from slimgraph.errors import ConfigError
+from slimgraph.program.program import Program, require_program
+from slimgraph.pruning.allocate import Strategy, allocate, removed_by_ratios, without
+from slimgraph.pruning.apply import apply_pruning
+from slimgraph.pruning.batch_norm import reestimate_batch_norm
+from slimgraph.pruning.cost import Costs, Measure
+from slimgraph.pruning.criteria import Criterion, score_groups
+from slimgraph.pruning.groups import Groups, find_groups
+from slimgraph.pruning.kept import plan_removal
+from slimgraph.pruning.plan import PruningPlan
+from slimgraph.training.losses import Loss
+
+MULTIPLE = 8
+"""What the channels that stay are a multiple of: the blocks in which runtimes compute."""
+
+
+def plan_pruning(
+    program: Program,
+    *,
+    flops_removed: float | None = None,
+    ratios: Mapping[str, float] | None = None,
+    criterion: str | Criterion = "l2_norm",
+    allocation: Strategy = "global",
+    by: Measure = "macs",
+    data: str | Iterable[Any] | None = None,
+    loss: str | Loss | None = None,
+    skip: Sequence[str] = (),
+    norm_axes: bool = False,
+    multiple_of: int = 1,
+    floor: float | None = None,
+    master: bool = False,
+    seed: int = 0,
+    groups: Groups | None = None,
+) -> PruningPlan:
+    """What to remove from a program; the program is only read.
+
+    Args:
+        flops_removed: the part of the cost `by` that is to go at least.
+        ratios: instead, the part of the indices that goes, by layer, parameter or pattern (`matching`).
+        criterion, data, loss, master, seed: as `score_groups` has them.
+        allocation, floor: as `allocate` has them.
+        by: what `flops_removed` is a part of: "macs" (as FLOPs), "parameters", or "memory", the bytes of the weights.
+        skip: layers that keep all their outputs: names, parameters, globs or `re:…`.
+        norm_axes: also channels that a layer or group norm runs over.
+        multiple_of: what the channels that stay are a multiple of; 1 keeps ratios exactly.
+        groups: of this very program, where they are at hand.
+    Raises:
+        ConfigError: both or none of `flops_removed` and `ratios`, one that is out of range, or cannot be reached.
+        UnknownNameError: no such layer or criterion.
+        ProgramError: the program is none, or has nothing that the criterion can judge.
+    """
+    require_program(program)
+    if (flops_removed is None) == (ratios is None):
+        raise ConfigError("Give flops_removed, a part of the whole cost, or ratios by layer: one of the two.")
+    found = groups if groups is not None else find_groups(program, norm_axes=norm_axes)
+    free = dataclasses.replace(found, groups=without(found, skip))
+    scores = score_groups(program, free, criterion, data=data, loss=loss, seed=seed, master=master)
+    if ratios is not None:
+        removed: Mapping[str, tuple[int, ...]] = removed_by_ratios(free, scores, ratios, multiple_of=multiple_of)
+    else:
+        assert flops_removed is not None
+        removed = allocate(
+            found,
+            scores,
+            Costs(found).measure(by),
+            flops_removed,
+            strategy=allocation,
+            skip=skip,
+            multiple_of=multiple_of,
+            floor=floor,
+            called={"macs": "FLOPs", "parameters": "parameters", "memory": "bytes of weights"}[by],
+        ).removed
+    return plan_removal(found, removed, norm_axes=norm_axes)
+
+
+def prune(
+    program: Program,
+    *,
+    flops_removed: float = 0.5,
+    criterion: str | Criterion = "l2_norm",
+    allocation: Strategy = "global",
+    data: str | Iterable[Any] | None = None,
+    loss: str | Loss | None = None,
+    skip: Sequence[str] = (),
+    norm_axes: bool = False,
+    multiple_of: int = MULTIPLE,
+    proof: bool = True,
+    recalibrate: str | Iterable[Any] | None = None,
+) -> Program:
+    """The program without the channels, heads and neurons that matter least; train it a little afterwards.
+
+    Args:
+        program: it stays as it is.
+        flops_removed: the part of the FLOPs that is to go at least.
+        criterion: what matters: "l1_norm", "l2_norm", "geometry_median", "bn_scale", "taylor" (reads `data`, and `loss`
+            if it is given), "random", or a function; `slimgraph.pruning.criteria.score_groups` tells more.
+        allocation: "global" ranks all channels of the program, "uniform" takes the same part of every layer.
+        data: batches, for "taylor".
+        loss: for "taylor": "cross_entropy", …, or a function of outputs and batch.
+        skip: layers that keep all their outputs: names, globs or `re:…`.
+        norm_axes: also the channels that a layer or group norm runs over, such as the width of a transformer.
+        multiple_of: what the channels that stay are a multiple of, as runtimes like it; a layer with no more than that
+            stays whole.
+        proof: compute that the result is the program in which the same channels are zero where they are read.
+        recalibrate: batches with which the statistics of batch norms are estimated anew.
+    Raises:
+        ConfigError: a part that is out of range, or cannot be reached; the message says what can.
+        UnknownNameError: no such layer or criterion.
+        ProgramError: the program is none, or the proof fails.
+        DataError: the data do not fit.
+
+    >>> import torch
+    >>> from slimgraph.program.capture import capture
+    >>> layers = [torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)]
+    >>> program = capture(torch.nn.Sequential(*layers), torch.zeros(1, 4))
+    >>> [tuple(tensor.shape) for tensor in prune(program, flops_removed=0.5).parameters()]
+    [(32, 4), (32,), (2, 32), (2,)]
+    """
+    require_program(program)
+    groups = find_groups(program, norm_axes=norm_axes)
+    plan = plan_pruning(
+        program,
+        flops_removed=flops_removed,
+        criterion=criterion,
+        allocation=allocation,
+        data=data,
+        loss=loss,
+        skip=skip,
+        norm_axes=norm_axes,
+        multiple_of=multiple_of,
+        groups=groups,
+    )
+    result = apply_pruning(program, plan, proof=proof, groups=groups)
+    return result if recalibrate is None else reestimate_batch_norm(result, recalibrate)
