@@ -74,8 +74,10 @@ NET = """
 
 
 def test_these_are_the_commands():
-    wanted = ["analyze", "bench", "compress", "convert", "demo", "doctor", "evaluate", "inspect", "targets", "verify"]
-    assert sorted(COMMANDS) == wanted
+    assert sorted(COMMANDS) == [
+        *("analyze", "bench", "compress", "convert", "demo", "doctor", "evaluate", "groups", "inspect", "prune"),
+        *("targets", "verify"),
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -18,7 +18,9 @@ from slimgraph.cli.convert import convert
 from slimgraph.cli.demo import demo
 from slimgraph.cli.doctor import doctor
 from slimgraph.cli.evaluate import evaluate
+from slimgraph.cli.groups import groups
 from slimgraph.cli.inspect import inspect
+from slimgraph.cli.prune import prune
 from slimgraph.cli.targets import targets
 from slimgraph.cli.verify import verify
 
@@ -62,7 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-for _command in (demo, inspect, compress, analyze, evaluate, bench, convert, verify, doctor, targets):
+for _command in (demo, inspect, compress, analyze, groups, prune, evaluate, bench, convert, verify, doctor, targets):
     app.command()(_command)
 
 

@@ -13,6 +13,16 @@ from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.pruning.criteria import batches_of
 
 
+def batch_norms(program: Program) -> frozenset[fx.Node]:
+    """The batch norms that keep statistics."""
+    return frozenset(
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target is torch.ops.aten.batch_norm.default
+        if edit.constant_of(program.graph_module, edit.arguments(node)["running_mean"]) is not None
+    )
+
+
 def reestimate_batch_norm(program: Program, batches: str | Iterable[Any]) -> Program:
     """The program with running means and variances that are the mean over these batches; nothing else is trained.
 
@@ -49,12 +59,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
-        self.norms = {
-            node
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target is torch.ops.aten.batch_norm.default
-            if edit.constant_of(program.graph_module, edit.arguments(node)["running_mean"]) is not None
-        }
+        self.norms = batch_norms(program)
         self.sums: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
