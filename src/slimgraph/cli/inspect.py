@@ -46,14 +46,15 @@ def inspect(
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
-        is_onnx = not is_factory(model) and Path(model).suffix.lower() == ".onnx"
-        try:
+        if is_factory(model) or Path(model).suffix.lower() != ".onnx":
             program = open_program(model, given)
+            return _of_program(model, program, program.signature, None)
+        # Axes and outputs are called as in the file, since other commands run the file and go by its names.
+        signature = open_model(model, given).signature
+        try:
+            return _of_program(model, open_program(model, given), signature, _facts(model))
         except ModelImportError as error:
-            if not is_onnx:
-                raise
-            return _of_file(model, open_model(model, given).signature, reason=str(error))
-        return _of_program(model, program, _facts(model) if is_onnx else None)
+            return _of_file(model, signature, reason=str(error))
 
 
 def _facts(model: str) -> "OnnxFacts":
@@ -76,8 +77,8 @@ def _coverage(model: str) -> Answer:
     return Answer(data={"model": model, "supported": not missing, "operators": rows}, shown=(shown, verdict, *reasons))
 
 
-def _of_program(name: str, program: "Program", file: "OnnxFacts | None") -> Answer:
-    """What can be said of a program, and of the ONNX file from which it was imported."""
+def _of_program(name: str, program: "Program", signature: "Signature", file: "OnnxFacts | None") -> Answer:
+    """What can be said of a program, its inputs and outputs called as in `signature`, and of the ONNX file it came from."""
     from slimgraph.importers.axis_notices import axis_notices
     from slimgraph.program.count import count
     from slimgraph.program.names import operator_name
@@ -105,8 +106,8 @@ def _of_program(name: str, program: "Program", file: "OnnxFacts | None") -> Answ
         data={
             "model": name,
             "kind": "program" if file is None else "onnx",
-            "inputs": program.signature.inputs,
-            "outputs": program.signature.outputs,
+            "inputs": signature.inputs,
+            "outputs": signature.outputs,
             "layers": counted.rows,
             "parameters": counted.parameters,
             "macs": counted.macs,
@@ -120,7 +121,7 @@ def _of_program(name: str, program: "Program", file: "OnnxFacts | None") -> Answ
             "history": program.history,
         },
         shown=(
-            *_interface(name, program.signature),
+            *_interface(name, signature),
             layers,
             f"{counted.macs:,} MACs ({counted.flops:,} FLOPs) for {', '.join(map(str, counted.inputs))}; "
             f"{counted.weight_bytes:,} bytes of weights. Parameters are what training would change; statistics and "
