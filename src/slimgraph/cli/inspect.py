@@ -78,7 +78,7 @@ def _coverage(model: str) -> Answer:
 
 
 def _of_program(name: str, program: "Program", signature: "Signature", file: "OnnxFacts | None") -> Answer:
-    """What can be said of a program, its inputs and outputs called as in `signature`, and of the ONNX file it came from."""
+    """What can be said of a program, and of the ONNX file it came from, whose names are those in `signature`."""
     from slimgraph.importers.axis_notices import axis_notices
     from slimgraph.program.count import count
     from slimgraph.program.names import operator_name
