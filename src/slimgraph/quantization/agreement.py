@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
-from slimgraph.quantization.merged import Merged
+from slimgraph.quantization.merge import merge_quantizers
 
 
 class Change:
@@ -44,7 +44,8 @@ def output_noise(program: Program, quantized: Program, batches: Iterable[Mapping
         batches: as `Signature.bind` gives them.
     """
     change = Change()
-    float_run, quantized_run = fx.Interpreter(program.graph_module), Merged(quantized.graph_module)
+    float_run = fx.Interpreter(program.graph_module)
+    quantized_run = fx.Interpreter(merge_quantizers(quantized).graph_module)
     was_training = program.training
     program.eval()
     try:

@@ -17,7 +17,7 @@ from slimgraph.program.parts import in_parts
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
 from slimgraph.quantization.apply import apply_quantization, weight_scale
-from slimgraph.quantization.merged import Merged
+from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
 
@@ -53,7 +53,7 @@ def correct_bias(
     corrected = program.copy().eval()
     with torch.inference_mode():
         wanted = _layer_means(corrected if reference is None else reference.copy().eval(), parts, layers)
-        repairs = _layer_means(apply_quantization(corrected, plan), parts, layers, wanted=wanted)
+        repairs = _layer_means(merge_quantizers(apply_quantization(corrected, plan)), parts, layers, wanted=wanted)
     corrected.train(program.training)
     readers = edit.count_readers(corrected.graph_module)
     values = corrected.values
@@ -129,7 +129,7 @@ def _layer_means(
     With `wanted` means it shifts each output to them before going on, and gives the shifts instead. All parts of the
     samples go through the graph side by side, so that a layer's mean is known before the next one runs.
     """
-    runs = [Merged(program.graph_module) for _ in parts]
+    runs = [fx.Interpreter(program.graph_module) for _ in parts]
     seen: dict[str, Tensor] = {}
     for run, part in zip(runs, parts, strict=True):
         run.args_iter = iter([tensor.to(program.device) for tensor in part.values()])
