@@ -108,6 +108,9 @@ def put(module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True
     A parameter that is put under two names is tied.
     """
     owner, attribute = _owner(module, name)
+    if isinstance(tensor, nn.Parameter) and attribute in owner._parameters:
+        owner._parameters[attribute] = tensor  # in its place: an optimizer's state goes by the order
+        return
     if attribute in owner._parameters or attribute in owner._buffers:
         delattr(owner, attribute)
     if isinstance(tensor, nn.Parameter):
