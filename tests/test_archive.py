@@ -428,6 +428,6 @@ def test_load_and_save_go_by_the_suffix(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt", ".safetensors", ".onnx.gz", ""])
 def test_a_model_is_not_written_under_a_suffix_that_says_nothing(suffix, tmp_path):
-    with pytest.raises(ExportError, match=r"give \.pt2 or \.onnx"):
+    with pytest.raises(ExportError, match=r"give \.pt2, \.onnx or \.ort"):
         formats.save(captured("ConvChain"), tmp_path / f"model{suffix}")
     assert list(tmp_path.iterdir()) == []
