@@ -13,6 +13,7 @@ from slimgraph.errors import ConfigError, ProgramError, UnknownNameError, closes
 from slimgraph.program.edit import FLAGS, tensor_named
 from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
+from slimgraph.program.quiet import quiet_export
 from slimgraph.program.signature import Signature, TensorSpec
 
 # Operators that take symbolic sizes in Python only, where torch.export has traced them; all others are slower there.
@@ -46,7 +47,7 @@ def fake_values(program: Program, sizes: Mapping[str, int] | None = None, batch:
     """
     chosen = _chosen_sizes(program.signature, sizes or {}, batch)
     values: dict[fx.Node, Any] = {}
-    with FakeTensorMode() as mode, torch.no_grad():
+    with quiet_export(), FakeTensorMode() as mode, torch.no_grad():
         inputs = iter(program.signature.inputs)
         for node in program.graph.nodes:
             if node.op == "placeholder":
