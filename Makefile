@@ -18,7 +18,7 @@ test-all: .venv/installed ## Run all tests, the slow ones too
 	$(BIN)/pytest -n 2 -m ""
 
 lint: .venv/installed ## Check style, formatting and types
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.timm_networks import import_timm
 from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
-from slimgraph.quantization.merged import Merged
+from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare, quantize_with_record
 from slimgraph.quantization.repair import Repairs
@@ -89,8 +89,9 @@ CASES = {
 
 
 def _outputs(program: Program, batches: list[Mapping[str, Tensor]]) -> Tensor:
+    merged = merge_quantizers(program).graph_module
     with torch.inference_mode():
-        return torch.cat([Merged(program.graph_module).run(*batch.values())[0] for batch in batches]).double()
+        return torch.cat([merged(*batch.values())[0] for batch in batches]).double()
 
 
 def _rows(case: Case) -> Iterator[list[str]]:
