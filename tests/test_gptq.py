@@ -11,7 +11,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.apply import apply_quantization, rounded_weight, weight_grid
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.gptq import gptq, gptq_matrix
+from slimgraph.quantization.compensated_rounding import gptq, gptq_matrix
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
 from slimgraph.quantization.quantize import prepare
@@ -85,7 +85,7 @@ def test_blocks_change_nothing(monkeypatch):
     torch.manual_seed(2)
     data, weight = correlated(600, 300), torch.randn(4, 300)
     whole = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0))[0]
-    monkeypatch.setattr("slimgraph.quantization.gptq._BLOCK", 7)
+    monkeypatch.setattr("slimgraph.quantization.compensated_rounding._BLOCK", 7)
     small = gptq_matrix(weight, data.T @ data, IntScheme(bits=4, axis=0))[0]
     torch.testing.assert_close(small, whole)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
     from slimgraph.quantization.apply import apply_quantization
     from slimgraph.quantization.calibration import calibrate, choose_ranges, collect_statistics, values_to_observe
+    from slimgraph.quantization.compensated_rounding import gptq
     from slimgraph.quantization.documented import (
         QUANT_DEQUANT_PASS_OP_TYPES,
         TENSORRT_OP_TYPES,
@@ -51,6 +52,7 @@ __all__ = [
     "freeze",
     "freeze_ranges_",
     "freeze_statistics_",
+    "gptq",
     "insert",
     "parameter_groups",
     "plan_from_json",
@@ -87,6 +89,7 @@ _HOMES = {
     "freeze": "quantization.freezing",
     "freeze_ranges_": "program.freeze",
     "freeze_statistics_": "program.freeze",
+    "gptq": "quantization.compensated_rounding",
     "insert": "quantization.insertion",
     "parameter_groups": "quantization.qat",
     "plan_from_json": "quantization.plan",

@@ -16,8 +16,8 @@ from slimgraph.program.program import Program, require_program
 from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
 from slimgraph.quantization.apply import apply_quantization
+from slimgraph.quantization.compensated_rounding import SAMPLES, gptq
 from slimgraph.quantization.documented import DENSE, DEPTHWISE, operators_named
-from slimgraph.quantization.gptq import SAMPLES, gptq
 from slimgraph.quantization.operators import WEIGHT_AXIS, is_depthwise, kind_of, weight_position
 from slimgraph.quantization.placement import has_weights
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
