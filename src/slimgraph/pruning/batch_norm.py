@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import slimgraph.program.edit as edit
 from slimgraph.errors import ProgramError
 from slimgraph.program.program import HistoryEntry, Program
-from slimgraph.pruning.criteria import batches_of
+from slimgraph.pruning.batches import batches_of
 
 
 def batch_norms(program: Program) -> frozenset[fx.Node]:

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from slimgraph.errors import ConfigError, DataError, ProgramError, UnknownNameError, closest
 from slimgraph.program.program import Program
-from slimgraph.program.signature import Signature
+from slimgraph.pruning.batches import batches_of
 from slimgraph.pruning.groups import Group, Groups
 from slimgraph.pruning.slices import group_owners, rows_of
-from slimgraph.training.batch import Batch
-from slimgraph.training.data import open_data
 from slimgraph.training.losses import Loss, find_loss
-from slimgraph.training.stream import as_batch
 
 Rows: TypeAlias = Mapping[str, Tensor]
 """The trained parameters of a group, by "parameter:axis": matrices with a row for each index, of all that goes with
@@ -171,21 +168,6 @@ def _bn_scale(scales: frozenset[str], group: Group, rows: Rows) -> Tensor:
             "Skip its layers, take a criterion that reads weights, or do not fold batch norms before."
         )
     return torch.stack(found).mean(dim=0)
-
-
-def batches_of(data: str | Iterable[Any], signature: Signature) -> Iterable[Batch]:
-    """Batches from what a user gives: a specification, or batches in any form, each checked.
-
-    Raises:
-        DataError: one does not fit, or there is none.
-    """
-    items: Iterable[Any] = open_data(data, signature) if isinstance(data, str) else data
-    none = True
-    for number, item in enumerate(items):
-        none = False
-        yield as_batch(item, signature, f"Batch {number} of the data")
-    if none:
-        raise DataError("There is no batch in the data.")
 
 
 def _taylor(
