@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-peers clean
+.PHONY: help demo test test-all lint bench bench-peers bench-pruning clean
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-13s %s\n' "$$name" "$$text"; done
 
 demo: .venv/installed ## Train, quantize, export and measure a small network; report in demo-output/
 	$(BIN)/slimgraph demo --out demo-output
@@ -23,13 +23,17 @@ lint: .venv/installed ## Check style, formatting and types
 	$(BIN)/mypy
 
 bench: .venv/installed ## Run every benchmark; the results in docs/benchmarks.md come from these
-	@set -e; for script in $(filter-out benchmarks/against_peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/against_peers.py benchmarks/prune_coverage.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-peers: .venv/installed .venv-nncf/installed .venv-torchao/installed ## Compare with other tools, each in its environment
 	$(BIN)/python benchmarks/against_peers.py
 
+bench-pruning: .venv/installed .venv-torch-pruning/installed ## Prune every family of networks, and let Torch-Pruning try; takes hours
+	$(BIN)/python benchmarks/prune_coverage.py --export
+	.venv-torch-pruning/bin/python benchmarks/peers/torch_pruning_coverage.py
+
 clean: ## Remove the environment, caches and results
-	rm -rf .venv .venv-nncf .venv-torchao demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-nncf .venv-torchao .venv-torch-pruning demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an installation that was interrupted is taken up again.

@@ -177,3 +177,39 @@ def test_operators_without_a_rule_keep_their_axes_and_are_told():
     assert found.groups == ()
     assert "cdist" in " ".join(found.unknown.values())
     assert "there is no rule for" in found.table()
+
+
+class Shuffles(nn.Module):
+    """Two units of ShuffleNetV2, with three channels in each half; then a shuffle by stored numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 9, 1), nn.Conv2d(6, 9, 3, padding=1)
+        self.depth, self.second, self.head = (
+            nn.Conv2d(9, 9, 3, padding=1, groups=9),
+            nn.Conv2d(9, 9, 1),
+            nn.Linear(18, 2),
+        )
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([self.left(x), self.right(x)], dim=1)
+        x = x.unflatten(1, (3, 6)).transpose(1, 2).flatten(1, 2)
+        kept, changed = x.chunk(2, dim=1)
+        x = self.shuffle(torch.cat([kept, self.second(self.depth(changed))], dim=1))
+        return self.head(x.mean((2, 3)))
+
+
+def test_shuffled_channels_are_chosen_one_by_one_in_what_is_left():
+    torch.manual_seed(0)
+    program = capture(Shuffles().eval(), torch.randn(1, 3, 4, 4))
+    for seed in range(4):
+        groups = find_groups(program)
+        pruned = apply_pruning(program, plan_removal(groups, half(groups, seed)), groups=groups)
+        second = find_groups(pruned)
+        assert len(second.groups) >= 2
+        twice = apply_pruning(pruned, plan_removal(second, half(second, seed)), groups=second)
+        counts = [sum(p.numel() for p in each.parameters()) for each in (program, pruned, twice)]
+        assert counts[0] > counts[1] > counts[2]
+        assert twice(torch.randn(5, 3, 4, 4)).shape == (5, 2)

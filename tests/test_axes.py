@@ -19,6 +19,7 @@ from slimgraph.pruning.axes import (
     pin,
     product,
     regroup,
+    reordered,
     resolved,
     size_of,
     split,
@@ -61,6 +62,39 @@ def test_a_concatenation_is_a_product_where_every_segment_is():
     assert unify(Cat((a, b)), Prod((Atom(5), inner := Atom(2))))
     assert [size_of(part) for part in resolved(a).parts] == [2, 2]
     assert list(atoms(a))[1] is list(atoms(b))[1] is next(iter(atoms(inner)))
+
+
+def test_blocks_that_start_within_a_segment_are_alike():
+    a, b = Atom(3), Atom(5)
+    outer, inner = factor_inner(Cat((a, b)), 4)
+    assert list(atoms(outer))[0].pins == {"blocks across a concatenation"}
+    keep = {
+        atom: torch.tensor([index != 1]) if atom.size == 1 else torch.tensor([False, True, True])
+        for index, atom in enumerate(dict.fromkeys(atoms(inner)))
+    }
+    assert mask(Cat((a, b)), keep).reshape(2, 4).tolist() == [mask(inner, keep).tolist()] * 2
+    assert not mask(inner, keep).all()
+
+
+def test_an_axis_in_another_order_has_each_index_by_itself():
+    a, b = Atom(2), Atom(2)
+    mixed = reordered(Cat((a, b)), [0, 2, 1, 3])
+    first, rest = split(mixed, 1)
+    keep = {next(iter(atoms(first))): torch.tensor([False])}
+    assert mask(a, keep).tolist() == [False, True]
+    assert mask(b, keep).all()
+    assert mask(rest, keep).all()
+
+
+def test_one_factor_of_a_product_goes_into_another_order_and_the_others_stay():
+    a, b = Atom(2), Atom(3)
+    order = [0, 3, 1, 4, 2, 5]
+    mixed = reordered(Prod((a, b)), order)
+    assert a.pins == {"reordered"}
+    keep = {next(iter(atoms(b))): torch.tensor([False])}
+    assert (
+        mask(mixed, keep).tolist() == mask(Prod((a, b)), keep)[order].tolist() == [False, False, True, True, True, True]
+    )
 
 
 def test_axes_without_a_common_refinement_are_pinned_whole():

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from slimgraph.program.capture import capture
 from slimgraph.pruning.groups import find_groups
+from slimgraph.pruning.slices import owners
 
 
 def groups_of(module, *shape, **options):
@@ -175,3 +176,45 @@ def test_weights_that_are_used_twice_are_one_member():
     names = [(m.parameter, m.axis) for m in found.groups[0].members]
     assert len(names) == len(set(names))
     assert {("shared.weight", 0), ("shared.weight", 1)} <= set(names)
+
+
+class Shuffled(nn.Module):
+    """Two units that keep one half of the channels, compute the other, and shuffle them, as in ShuffleNetV2."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1)
+        self.second, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(6, 2, 1)
+
+    @staticmethod
+    def shuffle(x):
+        batch, channels, height, width = x.shape
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.shuffle(torch.cat([self.left(x), self.right(x)], dim=1))  # l0 r0 l1 | r1 l2 r2
+        kept, changed = x.chunk(2, dim=1)
+        return self.head(self.shuffle(torch.cat([kept, self.second(changed)], dim=1)))
+
+
+def test_channels_that_are_shuffled_go_where_their_order_takes_them():
+    found = groups_of(Shuffled(), 3, 4, 4)
+    assert sizes(found) == {
+        "stem.weight:0": 6,
+        "left.weight:0": 2,  # 0 and 1 are kept by the second unit, 2 it reads: alone, and so it stays
+        "right.weight:0": 2,  # 1 and 2 it reads
+        "second.weight:0": 3,
+    }
+    assert members(found, "left.weight:0") == {("left.weight", 0), ("left.bias", 0), ("head.weight", 1)}
+    assert members(found, "right.weight:0") == {("right.weight", 0), ("right.bias", 0), ("second.weight", 1)}
+    axes = {(str(node.target)): found.traced.of(node) for node in found.traced.axes if node.op == "get_attr"}
+    for name, axis, wanted in [("left", 0, [0, 1, -1]), ("right", 0, [-1, 0, 1]), ("second", 1, [0, -1, 1])]:
+        group = "left.weight:0" if name == "left" else "right.weight:0"
+        assert owners(axes[f"{name}.weight"][axis], found.atoms[group]).tolist() == wanted
+    assert owners(axes["head.weight"][1], found.atoms["left.weight:0"]).tolist() == [0, -1, -1, -1, 1, -1]
+
+
+def test_channels_that_a_grouped_convolution_makes_are_shuffled_as_factors():
+    layers = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1, groups=2), nn.ChannelShuffle(2), nn.Conv2d(8, 2, 1))
+    assert sorted(group.size for group in groups_of(layers, 3, 4, 4).groups) == [2, 3, 4]

@@ -60,13 +60,28 @@ def _test(pattern: str, values: dict[str, fx.Node]) -> Callable[[str, fx.Node], 
         return lambda name, node: name == pattern
     if pattern.startswith("op:"):
         return lambda name, node: node.op == "call_function" and fnmatchcase(operator_name(node.target), pattern[3:])
+    test = name_test(pattern)
+    return lambda name, node: any(map(test, _names(name, node)))
+
+
+def name_test(pattern: str) -> Callable[[str], bool]:
+    r"""Whether a name is the pattern, lies inside the layer of that name, or is matched by it: a glob, or `re:…` whole.
+
+    Raises:
+        ConfigError: the regular expression is not valid.
+
+    >>> list(map(name_test("layer1"), ["layer1", "layer1.0.conv", "layer10"]))
+    [True, True, False]
+    >>> name_test("re:layer\d+")("layer10"), name_test("*.conv?")("layer1.0.conv2")
+    (True, True)
+    """
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}.") from error
-        return lambda name, node: any(map(expression.fullmatch, _names(name, node)))
-    return lambda name, node: any(fnmatchcase(given, pattern) for given in _names(name, node))
+        return lambda name: expression.fullmatch(name) is not None
+    return lambda name: _is_inside(name, pattern) or fnmatchcase(name, pattern)
 
 
 def _closest(pattern: str, values: dict[str, fx.Node]) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from slimgraph.errors import ConfigError, UnknownNameError, closest
-from slimgraph.pruning.axes import Atom, Cat, Prod, Tree, atoms, resolved, size_of
+from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, atoms, resolved, size_of
 from slimgraph.pruning.cost import Cost
 from slimgraph.pruning.groups import Group, Groups
 
@@ -103,6 +103,8 @@ def _blocks(tree: Tree, atom: Atom) -> list[int]:
     match tree:
         case Atom():
             return [1] if tree is atom else []
+        case Pick(picked):
+            return [1] if picked is atom else []
         case Cat(parts):
             return [block for part in parts for block in _blocks(part, atom)]
         case Prod(parts):

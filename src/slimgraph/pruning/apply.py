@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.optim import Optimizer
 
 import slimgraph.program.edit as edit
+from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.shapes import refresh
 from slimgraph.pruning.axes import factor_inner, size_of
@@ -18,6 +19,7 @@ from slimgraph.pruning.kept import Kept
 from slimgraph.pruning.optimizer import slice_optimizer
 from slimgraph.pruning.plan import PruningPlan
 from slimgraph.pruning.prove import prove
+from slimgraph.pruning.shuffle import Shuffle
 from slimgraph.pruning.slices import sliced
 
 aten = torch.ops.aten
@@ -63,6 +65,8 @@ def apply_pruning(
     for node, twin in twins.items():
         if node.op == "call_function" and (rewrite := _REWRITES.get(node.target)) is not None:
             rewrite(kept, node, twin)
+    for shuffle in found.traced.shuffles.values():
+        _choose(kept, shuffle, pruned, twins)
     edit.finish(pruned)
     refresh(pruned)
     parameters: dict[str, Json] = {
@@ -184,6 +188,24 @@ def _groups_of_shuffle(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     axis = kept.traced.of(source)[1]
     outer, _ = factor_inner(axis, size_of(axis) // groups)
     _set(twin, "groups", kept.count(outer))
+
+
+def _choose(kept: Kept, shuffle: Shuffle, pruned: Program, twins: dict[fx.Node, fx.Node]) -> None:
+    """Say index by index what stands where in a shuffled axis that is no product any more."""
+    keep = kept.mask(kept.traced.of(shuffle.source)[shuffle.axis])
+    if bool(keep.all()):
+        return
+    order = torch.tensor(shuffle.order)
+    places = keep.cumsum(0) - 1
+    end = twins[shuffle.end]
+    name = unused(f"{value_of(end)}_order", edit.tensor_names(pruned.graph_module))
+    chosen = edit.read_tensor(pruned, name, places[order[keep[order]]], before=end)
+    with pruned.graph.inserting_before(end):
+        made = pruned.graph.call_function(aten.index_select.default, (twins[shuffle.source], shuffle.axis, chosen))
+    set_names(made, layer=layer_of(end), value=value_of(end))
+    end.replace_all_uses_with(made)
+    pruned.graph.erase_node(end)
+    twins[shuffle.end] = made
 
 
 def _normalized_shape(kept: Kept, node: fx.Node, twin: fx.Node) -> None:

@@ -7,8 +7,10 @@ the end are the atoms whose indices live and die together, through every reshape
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import torch
@@ -43,7 +45,15 @@ class Cat:
     parts: tuple["Tree", ...]
 
 
-Tree: TypeAlias = Atom | Prod | Cat
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Some indices of an atom, in an order of their own; what units become once it is known which go together."""
+
+    atom: Atom
+    indices: tuple[int, ...]
+
+
+Tree: TypeAlias = Atom | Prod | Cat | Pick
 
 
 class MixedRadixError(Exception):
@@ -59,6 +69,8 @@ def size_of(tree: Tree) -> int:
             return math.prod(map(size_of, parts))
         case Cat(parts):
             return sum(map(size_of, parts))
+        case Pick(indices=indices):
+            return len(indices)
 
 
 def product(*trees: Tree) -> Tree:
@@ -76,10 +88,12 @@ def concatenation(*trees: Tree) -> Tree:
     """Axes one behind the other; empty ones are left out, and one of a single index stays."""
     parts: list[Tree] = []
     for tree in map(resolved, trees):
-        if isinstance(tree, Cat):
-            parts += tree.parts
-        elif size_of(tree):
-            parts.append(tree)
+        for part in tree.parts if isinstance(tree, Cat) else (tree,):
+            last = parts[-1] if parts else None
+            if isinstance(part, Pick) and isinstance(last, Pick) and part.atom is last.atom:
+                parts[-1] = Pick(part.atom, last.indices + part.indices)
+            elif size_of(part):
+                parts.append(part)
     return parts[0] if len(parts) == 1 else Cat(tuple(parts)) if parts else Atom(0)
 
 
@@ -96,22 +110,32 @@ def resolved(tree: Tree) -> Tree:
             return product(*parts)
         case Cat(parts):
             return concatenation(*parts)
+        case Pick():
+            return tree
 
 
 def atoms(tree: Tree) -> Iterator[Atom]:
     """The leaves, from left to right; one that stands twice comes twice."""
     tree = resolved(tree)
-    if isinstance(tree, Atom):
-        yield tree
-    else:
-        for part in tree.parts:
-            yield from atoms(part)
+    match tree:
+        case Atom():
+            yield tree
+        case Pick(atom):
+            yield atom
+        case Prod(parts) | Cat(parts):
+            for part in parts:
+                yield from atoms(part)
 
 
 def pin(tree: Tree, reason: str) -> None:
     """Let all indices of an axis stay, and say why."""
     for atom in atoms(tree):
         atom.pins.add(reason)
+
+
+def is_pinned(tree: Tree) -> bool:
+    """Whether some index of an axis has to stay by now, for whatever reason."""
+    return any(atom.pins for atom in atoms(tree))
 
 
 def unify(left: Tree, right: Tree) -> bool:
@@ -155,17 +179,10 @@ def _bind(atom: Atom, tree: Tree) -> None:
 
 
 def _unify_from_left(left: Cat, right: Cat) -> None:
-    ours, theirs = list(left.parts), list(right.parts)
-    while ours and theirs:
-        first, second = resolved(ours.pop(0)), resolved(theirs.pop(0))
-        shorter = min(size_of(first), size_of(second))
-        if size_of(first) > shorter:
-            first, rest = split(first, shorter)
-            ours.insert(0, rest)
-        if size_of(second) > shorter:
-            second, rest = split(second, shorter)
-            theirs.insert(0, rest)
-        _unify(first, second)
+    ends = sorted({end for tree in (left, right) for end in accumulate(map(size_of, tree.parts))})
+    sizes = [end - start for start, end in pairwise((0, *ends))]
+    for ours, theirs in zip(cut(left, sizes), cut(right, sizes), strict=True):
+        _unify(ours, theirs)
 
 
 def _unify_from_right(left: Prod, right: Prod) -> None:
@@ -199,29 +216,45 @@ def split(tree: Tree, count: int) -> tuple[Tree, Tree]:
     Raises:
         MixedRadixError: the cut would lie inside an inner factor of a product.
     """
+    first, rest = cut(tree, (count, size_of(tree) - count))
+    return first, rest
+
+
+def cut(tree: Tree, sizes: Sequence[int]) -> list[Tree]:
+    """Pieces of these sizes, which are positive and sum to that of the axis.
+
+    Raises:
+        MixedRadixError: a cut would lie inside an inner factor of a product.
+    """
     tree = resolved(tree)
+    if len(sizes) == 1:
+        return [tree]
     match tree:
         case Atom():
-            first, rest = Atom(count), Atom(tree.size - count)
-            _bind(tree, Cat((first, rest)))
-            return first, rest
+            pieces: list[Tree] = [Atom(size) for size in sizes]
+            _bind(tree, Cat(tuple(pieces)))
+            return pieces
         case Prod(parts):
             inner = product(*parts[1:])
-            if count % size_of(inner):
-                raise MixedRadixError(f"a cut at {count} in blocks of {size_of(inner)}")
-            head, tail = split(parts[0], count // size_of(inner))
-            return product(head, inner), product(tail, inner)
+            block = size_of(inner)
+            if any(size % block for size in sizes):
+                raise MixedRadixError(f"cuts into {list(sizes)} in blocks of {block}")
+            return [product(piece, inner) for piece in cut(parts[0], [size // block for size in sizes])]
         case Cat(parts):
-            before: list[Tree] = []
-            behind = list(parts)
-            while count and count >= size_of(behind[0]):
-                count -= size_of(behind[0])
-                before.append(behind.pop(0))
-            if count:
-                head, tail = split(behind.pop(0), count)
-                before.append(head)
-                behind.insert(0, tail)
-            return concatenation(*before), concatenation(*behind)
+            ends = list(accumulate(sizes))
+            made: list[list[Tree]] = [[] for _ in sizes]
+            start = 0
+            for part in parts:
+                end = start + size_of(part)
+                inside = [start, *(each for each in ends if start < each < end), end]
+                for piece, (low, _) in zip(
+                    cut(part, [b - a for a, b in pairwise(inside)]), pairwise(inside), strict=True
+                ):
+                    made[bisect_right(ends, low)].append(piece)
+                start = end
+            return [concatenation(*pieces) for pieces in made]
+        case Pick():
+            raise MixedRadixError("the axes are told already")
 
 
 def factor_inner(tree: Tree, count: int) -> tuple[Tree, Tree]:
@@ -252,11 +285,55 @@ def factor_inner(tree: Tree, count: int) -> tuple[Tree, Tree]:
                 return rest, product(fastest, last)
             raise MixedRadixError(f"blocks of {count} in blocks of {size_of(last)}")
         case Cat(parts):
+            if any(size_of(part) % count for part in parts):
+                return _blocks(tree, count)
             pieces = [factor_inner(part, count) for part in parts]
             shared = pieces[0][1]
             for _, fastest in pieces[1:]:
                 _unify(fastest, shared)
             return concatenation(*(outer for outer, _ in pieces)), resolved(shared)
+
+
+def _blocks(tree: Cat, count: int) -> tuple[Tree, Tree]:
+    """Blocks that start within the segments: they stay as many, and of each the same indices stay."""
+    number = size_of(tree) // count
+    first, *others = cut(tree, [count] * number)
+    for block in others:
+        _unify(block, first)
+    outer = Atom(number)
+    pin(outer, "blocks across a concatenation")
+    return outer, resolved(first)
+
+
+def reordered(tree: Tree, order: Sequence[int]) -> Tree:
+    """An axis whose index i is index order[i] of this one; every index is then by itself, wherever it stands."""
+    parts = _units(tree)
+    return concatenation(*(parts[index] for index in order))
+
+
+def _units(tree: Tree) -> list[Tree]:
+    """Every index as an atom of its own; of a product, all factors but the largest that is free are pinned."""
+    tree = resolved(tree)
+    match tree:
+        case Atom(size=1):
+            return [tree]
+        case Atom():
+            parts: list[Tree] = [Atom(1) for _ in range(tree.size)]
+            _bind(tree, Cat(tuple(parts)))
+            return parts
+        case Cat(pieces):
+            return [unit for piece in pieces for unit in _units(piece)]
+        case Prod(factors):
+            places = range(len(factors))
+            free = max(places, key=lambda place: (not is_pinned(factors[place]), size_of(factors[place])))
+            for place in places:
+                if place != free:
+                    pin(factors[place], "reordered")
+            inner = math.prod(map(size_of, factors[free + 1 :]))
+            units = _units(factors[free])
+            return [units[index // inner % len(units)] for index in range(size_of(tree))]
+        case Pick():
+            raise MixedRadixError("the axes are told already")
 
 
 def regroup(axes: Sequence[Tree], shape: Sequence[int]) -> list[Tree]:
@@ -291,6 +368,8 @@ def mask(tree: Tree, keep: Mapping[Atom, Tensor]) -> Tensor:
             return keep[tree] if tree in keep else torch.ones(tree.size, dtype=torch.bool)
         case Cat(parts):
             return torch.cat([mask(part, keep) for part in parts])
+        case Pick(atom, indices):
+            return mask(atom, keep)[list(indices)]
         case Prod(parts):
             result = torch.ones(1, dtype=torch.bool)
             for part in parts:

@@ -1,7 +1,7 @@
 """What a program would cost with fewer indices, counted from its axes without making it."""
 
 import math
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import slimgraph.program.edit as edit
 from slimgraph.program.count import MAC_RULES
-from slimgraph.pruning.axes import Atom, Cat, Prod, Tree, resolved
+from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, resolved
 from slimgraph.pruning.groups import Groups
 from slimgraph.pruning.trace import BATCH
 
@@ -82,4 +82,12 @@ def _count(tree: Tree, counts: Mapping[Atom, int]) -> int:
         case Prod(parts):
             return math.prod(_count(part, counts) for part in parts)
         case Cat(parts):
-            return sum(_count(part, counts) for part in parts)
+            # An axis has every index of an atom equally often, here and there.
+            picked = Counter[Atom]()
+            for part in parts:
+                if isinstance(part, Pick):
+                    picked[part.atom] += len(part.indices)
+            others = sum(_count(part, counts) for part in parts if not isinstance(part, Pick))
+            return others + sum(number // atom.size * counts.get(atom, atom.size) for atom, number in picked.items())
+        case Pick(atom, indices):
+            return len(indices) // atom.size * counts.get(atom, atom.size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimgraph.errors import ConfigError, DataError, ProgramError, UnknownNameError, closest
 from slimgraph.program.program import Program
 from slimgraph.pruning.batches import batches_of
+from slimgraph.pruning.fisher import fisher
 from slimgraph.pruning.groups import Group, Groups
 from slimgraph.pruning.slices import group_owners, rows_of
 from slimgraph.training.losses import Loss, find_loss
@@ -52,7 +53,9 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
 )
 """Those that look at nothing but the weights."""
 
-NAMES = (*CRITERIA, "bn_scale", "taylor", "random")
+NAMES = (*CRITERIA, "bn_scale", "taylor", "fisher", "random")
+
+_WITH_DATA = ("taylor", "fisher")
 
 
 def score_groups(
@@ -72,8 +75,8 @@ def score_groups(
 
         score_i = s_i · N / Σ_j s_j,
 
-    and an index that matters as the average of its group has a score of one. This is not done to `taylor`, which
-    estimates the same loss everywhere.
+    and an index that matters as the average of its group has a score of one. This is not done to `taylor` and `fisher`,
+    which estimate the same loss everywhere.
 
     Args:
         criterion: one of
@@ -87,27 +90,33 @@ def score_groups(
               Without a loss the program is its own teacher: in place of the loss stands a sum of the outputs with
               random signs, whose square is, on average, how far the outputs move (a distillation loss has no gradient
               where student and teacher are one).
+            - "fisher": ½ · mean_n (∂loss_n / ∂gate_i)² over the samples n, with or without labels; `slimgraph.pruning.
+              fisher.fisher` tells more.
             - "random": to compare with.
             - a function of a `Group` and its `Rows`.
-        data: for "taylor": what `open_data` takes, or batches; with labels where the loss wants them.
-        loss: for "taylor": a name in `slimgraph.training.losses.LOSSES`, or a function of outputs and `Batch`.
+        data: for "taylor" and "fisher": what `open_data` takes, or batches; with labels where the loss wants them.
+        loss: for these two: a name in `slimgraph.training.losses.LOSSES`, or a function of outputs and `Batch`.
         seed: for "random", and for the signs.
-        master: only the tensor decides after which the group is named, as PaddleSlim has it; the mean of a group is
+        master: not for "fisher", which sees no tensors: only the tensor decides after which the group is named, as PaddleSlim has it; the mean of a group is
             then that of this tensor.
     Raises:
         UnknownNameError: there is no such criterion.
-        ConfigError: "taylor" without data, data or a loss for any other, or scores that are none.
+        ConfigError: "taylor" or "fisher" without data, a loss for any other, or scores that are none.
         ProgramError: "bn_scale", and a group has no batch norm.
         DataError: the data do not fit, have no batch, or the loss has no gradient.
     """
     if isinstance(criterion, str) and criterion not in NAMES:
         raise UnknownNameError(f"There is no criterion {criterion!r}. {closest(criterion, NAMES)}")
+    if criterion in _WITH_DATA and data is None:
+        raise ConfigError(f"The criterion {criterion} reads gradients; give data=, a few batches of real inputs.")
+    if criterion == "fisher":
+        assert data is not None
+        return fisher(program, groups, batches_of(data, program.signature), loss=None if loss is None else find_loss(loss), seed=seed)
     if criterion == "taylor":
-        if data is None:
-            raise ConfigError("The criterion taylor reads gradients; give data=, a few batches of real inputs.")
+        assert data is not None
         return _taylor(program, groups, data, loss, seed=seed, master=master)
     if loss is not None:
-        raise ConfigError(f"A loss was given, but the criterion {_told(criterion)} has no use for one; taylor has.")
+        raise ConfigError(f"A loss was given, but the criterion {_told(criterion)} has no use for one; taylor and fisher have.")
     measure: Criterion
     if criterion == "bn_scale":
         measure = partial(_bn_scale, _batch_norm_scales(program))

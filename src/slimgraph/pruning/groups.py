@@ -1,6 +1,6 @@
 """What can be pruned: sets of indices that live and die together."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import fx, nn
 import slimgraph.program.edit as edit
 from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.program import Program
-from slimgraph.pruning.axes import Atom, atoms
+from slimgraph.pruning.axes import Atom, Cat, Pick, atoms, resolved
 from slimgraph.pruning.rules_layers import NORM
 from slimgraph.pruning.trace import Traced, trace_axes
 from slimgraph.table import text_table
@@ -89,6 +89,7 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
             the pruned program is not the masked one.
     """
     traced = trace_axes(program)
+    _gather_units(traced)
     parameters = dict(program.named_parameters(remove_duplicate=False))
     members: dict[Atom, list[Member]] = defaultdict(list)
     readers: dict[Atom, dict[str, None]] = defaultdict(dict)
@@ -140,6 +141,28 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
     pruned = {layer for group in groups for layer in group.layers}
     kept = {layer: tuple(why) for layer, why in reasons.items() if layer not in pruned}
     return Groups(groups=tuple(groups), kept=kept, unknown=traced.unknown, traced=traced, atoms=found)
+
+
+def _gather_units(traced: Traced) -> None:
+    """Make one atom of all indices that stand by themselves and are on the same axes of the same values.
+
+    Then no axis is left without an index as long as the new atom keeps one.
+    """
+    places: dict[Atom, Counter[tuple[fx.Node, int]]] = defaultdict(Counter)
+    for node, axes in traced.axes.items():
+        for axis, tree in enumerate(axes):
+            if isinstance(found := resolved(tree), Cat):
+                for atom in atoms(found):
+                    if atom.size == 1:
+                        places[atom][node, axis] += 1
+    alike: dict[tuple[object, ...], list[Atom]] = defaultdict(list)
+    for atom, where in places.items():
+        alike[frozenset(where.items()), frozenset(atom.pins)].append(atom)
+    for units in alike.values():
+        if len(units) > 1:
+            whole = Atom(len(units), pins=set(units[0].pins))
+            for index, unit in enumerate(units):
+                unit.bound = Pick(whole, (index,))
 
 
 # Where the outputs of an operator stand in its weight, if not on the first axis.

@@ -8,15 +8,49 @@ from typing import Any
 import torch
 from torch import fx
 
-from slimgraph.pruning.axes import Atom, Tree, concatenation, factor_inner, pin, product, regroup, size_of, split, unify
+import slimgraph.program.edit as edit
+from slimgraph.pruning.axes import (
+    Atom,
+    Prod,
+    Tree,
+    concatenation,
+    factor_inner,
+    is_pinned,
+    pin,
+    product,
+    regroup,
+    reordered,
+    size_of,
+    split,
+    unify,
+)
+from slimgraph.pruning.shuffle import Shuffle, shuffle_from
 from slimgraph.pruning.trace import Axes, Rule, Trace
 
 aten = torch.ops.aten
 
 
 def reshape(trace: Trace, node: fx.Node) -> Axes:
-    """Row-major: new axes are products and factors of old ones."""
+    """Row-major: new axes are products and factors of old ones; unless all that becomes of them is another order."""
+    if node in trace.shuffles:
+        return _reordered(trace, trace.shuffles[node])
+    shuffle = shuffle_from(node, trace.values)
+    if shuffle is not None and _is_loose(trace, shuffle.source, shuffle.axis):
+        trace.shuffles[shuffle.end] = shuffle
+        return trace.fresh(trace.values[node], reason="within a shuffle")
     return regroup(trace.axes(node.args[0]), trace.shape(node))
+
+
+def _is_loose(trace: Trace, source: fx.Node, axis: int) -> bool:
+    """Whether an axis that is shuffled has no factors, as what a grouped convolution makes has: they would tell more."""
+    tree = trace.axes(source)[axis]
+    return not isinstance(tree, Prod) and not is_pinned(tree)
+
+
+def _reordered(trace: Trace, shuffle: Shuffle) -> Axes:
+    axes = trace.axes(shuffle.source)
+    axes[shuffle.axis] = reordered(axes[shuffle.axis], shuffle.order)
+    return axes
 
 
 def permute(trace: Trace, node: fx.Node) -> Axes:
@@ -260,9 +294,15 @@ def index(trace: Trace, node: fx.Node) -> Axes | None:
 
 
 def index_select(trace: Trace, node: fx.Node) -> Axes:
-    """Indices along one axis, which stays whole."""
-    axes = trace.axes(node.args[0])
+    """Indices along one axis: stored ones are chosen one by one, for computed ones the axis stays whole."""
+    source: Any = node.args[0]
+    axes = trace.axes(source)
     axis = int(trace.given(node)["dim"]) % len(axes)
+    order = edit.constant_of(trace.program.graph_module, trace.given(node)["index"])
+    if order is not None and _is_loose(trace, source, axis):
+        indices = order.remainder(size_of(axes[axis])).tolist()
+        trace.shuffles[node] = Shuffle(source=source, end=node, axis=axis, order=tuple(indices))
+        return _reordered(trace, trace.shuffles[node])
     pin(axes[axis], "indexed")
     made = Atom(trace.shape(node)[axis])
     pin(made, "indexed")
@@ -298,6 +338,11 @@ def channel_shuffle(trace: Trace, node: fx.Node) -> Axes:
     """Groups and what is in them change places."""
     axes = trace.axes(node.args[0])
     groups = int(trace.given(node)["groups"])
+    source: Any = node.args[0]
+    if _is_loose(trace, source, 1):
+        order = torch.arange(size_of(axes[1])).reshape(groups, -1).T.flatten()
+        trace.shuffles[node] = Shuffle(source=source, end=node, axis=1, order=tuple(order.tolist()))
+        return _reordered(trace, trace.shuffles[node])
     outer, inner = factor_inner(axes[1], size_of(axes[1]) // groups)
     axes[1] = product(inner, outer)
     return axes

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import slimgraph.program.edit as edit
-from slimgraph.pruning.axes import Atom, Cat, Prod, Tree, resolved, size_of
+from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, resolved, size_of
 from slimgraph.pruning.groups import Group, Groups
 
 
@@ -21,6 +21,8 @@ def owners(tree: Tree, atom: Atom) -> Tensor:
             return torch.arange(tree.size) if tree is atom else torch.full((tree.size,), -1)
         case Cat(parts):
             return torch.cat([owners(part, atom) for part in parts])
+        case Pick(picked, indices):
+            return torch.tensor(indices) if picked is atom else torch.full((len(indices),), -1)
         case Prod(parts):
             result = torch.full((1,), -1)
             for part in parts:

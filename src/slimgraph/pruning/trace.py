@@ -11,6 +11,7 @@ from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.shapes import fake_values
 from slimgraph.pruning.axes import Atom, MixedRadixError, Tree, pin, resolved, size_of, unify
+from slimgraph.pruning.shuffle import Shuffle
 
 Axes: TypeAlias = list[Tree]
 """What each axis of a tensor is made of."""
@@ -33,6 +34,8 @@ class Traced:
     """What each node gives, as tensors without elements."""
     unknown: Mapping[str, str]
     """Values at which tracing gave up, all of whose axes stay as they are, with the operator."""
+    shuffles: Mapping[fx.Node, Shuffle]
+    """Values that are others in another order, index by index: without some, no reshape can make them."""
 
     def of(self, node: fx.Node) -> Axes:
         """The axes of a tensor, as far as they were taken apart by now."""
@@ -50,6 +53,7 @@ class Trace:
         self.values = fake_values(program, {batch: BATCH} if batch is not None else None)
         self.env: dict[fx.Node, Axes | list[Axes]] = {}
         self.unknown: dict[str, str] = {}
+        self.shuffles: dict[fx.Node, Shuffle] = {}
         self._tensors: dict[int, Axes] = {}
 
     def run(self) -> Traced:
@@ -66,7 +70,13 @@ class Trace:
                     for result in node.all_input_nodes:
                         self.pin_all(result, "output")
         axes = {node: trees for node, trees in self.env.items() if isinstance(self.values.get(node), Tensor)}
-        return Traced(program=self.program, axes=axes, values=self.values, unknown=self.unknown)  # type: ignore[arg-type]
+        return Traced(
+            program=self.program,
+            axes=axes,  # type: ignore[arg-type]
+            values=self.values,
+            unknown=self.unknown,
+            shuffles=self.shuffles,
+        )
 
     def _stored(self, node: fx.Node) -> Axes:
         """The axes of a parameter or buffer: those of the tensor, under whatever name it is read."""

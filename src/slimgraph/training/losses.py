@@ -1,5 +1,6 @@
 """What training makes small: losses by name, and imitation of another model."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -120,19 +121,66 @@ class _Imitation:
         for (name, own), expected in zip(given.items(), wanted.values(), strict=True):
             if not own.is_floating_point():
                 continue
-            if own.dim() == 2 and own.shape[1] > 1 and (len(given) == 1 or name == "logits"):
+            if _of_classes(name, given):
                 terms.append(_divergence(own, expected, self._temperature))
             else:
-                size = expected.square().mean().clamp(min=torch.finfo(expected.dtype).tiny)
-                terms.append(F.mse_loss(own, expected) / size)
+                terms.append(F.mse_loss(own, expected) / _mean_square(expected))
         if not terms:
             raise DataError("The program has no output of real numbers that could be compared.")
         return torch.stack(terms).mean()
 
 
+def imitation_probe(outputs: Any, generator: torch.Generator) -> Tensor:
+    """A random number with the curvature of `imitate` in its gradient, where student and teacher are one program.
+
+    There the loss is zero, and so is its gradient. Whatever θ scales or shifts in the program, the second derivative of
+    the loss, N times, is the sum over the N samples of the expected (∂probe_n/∂θ)², probe = Σ_n probe_n:
+
+    - of a divergence it is the Fisher information: probe_n = log p(y_n), y_n drawn from the program's own answer;
+    - of a mean squared error it is 2 ‖∂output_n/∂θ‖² by its scale: probe_n = √2 Σ ±output_n by the root of that, the
+      signs random.
+
+    Args:
+        outputs: of the program for a batch.
+        generator: on the CPU.
+    Sources: Martens, "New insights and perspectives on the natural gradient method", 2014, arXiv 1412.1193, section 5;
+    for the signs Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+    """
+    given = _by_name(outputs)
+    terms = []
+    for name, own in given.items():
+        if not own.is_floating_point():
+            continue
+        if _of_classes(name, given):
+            logs = own.clamp(min=1e-12).log() if _are_probabilities(own) else F.log_softmax(own, dim=1)
+            drawn = torch.multinomial(logs.detach().exp().float().cpu(), 1, generator=generator)
+            terms.append(logs.gather(1, drawn.to(own.device)).sum())
+        else:
+            signs = torch.randint(0, 2, own.shape, generator=generator) * 2 - 1
+            size = _mean_square(own.detach()) * own.numel() / max(len(own), 1)
+            terms.append((own * signs.to(own)).sum() * (2 / size).sqrt())
+    if not terms:
+        raise DataError("The program has no output of real numbers that could be compared.")
+    return torch.stack(terms).sum() / math.sqrt(len(terms))
+
+
+def _of_classes(name: str, outputs: Mapping[str, Tensor]) -> bool:
+    """Whether an output tells classes apart: (N, classes), and the only one or named logits."""
+    own = outputs[name]
+    return own.dim() == 2 and own.shape[1] > 1 and (len(outputs) == 1 or name == "logits")
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().mean().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _are_probabilities(x: Tensor) -> bool:
+    """Whether the model ends in a softmax."""
+    return bool((x >= 0).all()) and bool(((x.sum(dim=1) - 1).abs() < 1e-3).all())
+
+
 def _divergence(own: Tensor, expected: Tensor, temperature: float) -> Tensor:
-    sums = expected.sum(dim=1)
-    if bool((expected >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):  # the model ends in a softmax
+    if _are_probabilities(expected):
         return F.kl_div(own.clamp(min=1e-12).log(), expected, reduction="batchmean")
     own, expected = (F.log_softmax(scores / temperature, dim=1) for scores in (own, expected))
     return F.kl_div(own, expected, reduction="batchmean", log_target=True) * temperature**2
