@@ -17,6 +17,7 @@ from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_narrow import pack_narrow_codes
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
+from slimgraph.deploy.onnx_registry import listed_once
 from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.deploy.onnx_translations import TRANSLATIONS
 from slimgraph.deploy.onnx_weights import hold_weights_in_integers
@@ -126,7 +127,7 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     exported = reexport(prepared)
     carry_names(exported)
     opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
-    with _quiet():
+    with _quiet(), listed_once():
         try:
             converted = torch.onnx.export(
                 exported,
