@@ -1,11 +1,12 @@
 """The operators that the exporter knows, listed without the second that it takes onnxscript to list them.
 
-`torch.onnx.export` asks for the list anew for each model. onnxscript 0.7 parses the source of all 500 functions for it, to
-tell the domain of each, which PyTorch 2.13 does not read.
+`torch.onnx.export` asks for the list anew for each model. onnxscript 0.7 parses the source of all 500 functions for it,
+to tell the domain of each, which PyTorch 2.13 does not read.
 """
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,8 @@ def listed_once() -> Iterator[None]:
 def _asked() -> dict[str, Any] | None:
     """The attributes of the object that the exporter asks; what it has not got itself it takes from onnxscript."""
     try:
-        from torch.onnx._internal.exporter import _registration
-
+        registration = importlib.import_module("torch.onnx._internal.exporter._registration")
         translations()
-        return vars(_registration.onnxscript_apis)
+        return vars(registration.onnxscript_apis)
     except (ImportError, AttributeError, TypeError):
         return None
