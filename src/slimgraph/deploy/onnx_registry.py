@@ -55,6 +55,7 @@ def _asked() -> dict[str, Any] | None:
     try:
         registration = importlib.import_module("torch.onnx._internal.exporter._registration")
         translations()
-        return vars(registration.onnxscript_apis)
+        attributes: dict[str, Any] = vars(registration.onnxscript_apis)
     except (ImportError, AttributeError, TypeError):
         return None
+    return attributes
