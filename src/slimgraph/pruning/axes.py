@@ -291,7 +291,12 @@ def factor_inner(tree: Tree, count: int) -> tuple[Tree, Tree]:
             shared = pieces[0][1]
             for _, fastest in pieces[1:]:
                 _unify(fastest, shared)
+            for segment, _ in pieces:
+                if size_of(segment) == 1:
+                    pin(segment, "a segment of a concatenation")
             return concatenation(*(outer for outer, _ in pieces)), resolved(shared)
+        case Pick():
+            raise MixedRadixError("the axes are told already")
 
 
 def _blocks(tree: Cat, count: int) -> tuple[Tree, Tree]:

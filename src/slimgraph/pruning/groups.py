@@ -9,7 +9,7 @@ from torch import fx, nn
 import slimgraph.program.edit as edit
 from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.program import Program
-from slimgraph.pruning.axes import Atom, Cat, Pick, atoms, resolved
+from slimgraph.pruning.axes import Atom, Pick, atoms
 from slimgraph.pruning.rules_layers import NORM
 from slimgraph.pruning.trace import Traced, trace_axes
 from slimgraph.table import text_table
@@ -151,10 +151,9 @@ def _gather_units(traced: Traced) -> None:
     places: dict[Atom, Counter[tuple[fx.Node, int]]] = defaultdict(Counter)
     for node, axes in traced.axes.items():
         for axis, tree in enumerate(axes):
-            if isinstance(found := resolved(tree), Cat):
-                for atom in atoms(found):
-                    if atom.size == 1:
-                        places[atom][node, axis] += 1
+            for atom in atoms(tree):
+                if atom.size == 1:
+                    places[atom][node, axis] += 1
     alike: dict[tuple[object, ...], list[Atom]] = defaultdict(list)
     for atom, where in places.items():
         alike[frozenset(where.items()), frozenset(atom.pins)].append(atom)
