@@ -70,9 +70,10 @@ def _of_onnx(path: str | os.PathLike[str]) -> Iterator[Coverage]:
 
 def _nodes(model: "Model") -> Iterator[tuple["Node", str, str]]:
     """Each node, what becomes of it, and why nothing does."""
+    from slimgraph.importers.onnx.decisions import decided_by_data
     from slimgraph.importers.onnx.graph import every
     from slimgraph.importers.onnx.table import find, refusal
-    from slimgraph.importers.onnx.tail import decided_by_data, first_split, unknown
+    from slimgraph.importers.onnx.tail import first_split, unknown
 
     split, why_not = first_split(model)
     bound = decided_by_data(model) if why_not else set[str]()

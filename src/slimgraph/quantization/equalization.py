@@ -12,7 +12,8 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import OUTPUT_AXIS, set_bias
 from slimgraph.program.program import HistoryEntry, Program
-from slimgraph.quantization.channel_links import MOVES, NO_CHANNEL, ChannelLink, Reader, channel_links
+from slimgraph.quantization.channel_flow import MOVES, NO_CHANNEL
+from slimgraph.quantization.channel_links import ChannelLink, Reader, channel_links
 from slimgraph.quantization.channel_ranges import ChannelRanges
 from slimgraph.quantization.rescale import LayerWeight, read_factors, rescale
 
