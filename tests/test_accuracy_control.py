@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli_runs import run
-from slimgraph.auto.accuracy import layer_noise, spareable
 from slimgraph.auto.pipeline import FILES, compress
+from slimgraph.auto.widening import layer_noise, spareable
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.runtime import OnnxModel
+from slimgraph.deploy.targets import resolved_target, target_named
 from slimgraph.program.archive import save_program
 from slimgraph.program.capture import capture
 from slimgraph.quantization.placement import plan_quantization
@@ -64,7 +65,7 @@ def sick(trained):
 @pytest.fixture(scope="module")
 def controlled(sick, tmp_path_factory):
     out = tmp_path_factory.mktemp("controlled")
-    return compress(sick, CALIBRATION, eval_data=EVALUATION, out=out, max_drop=0.02), out
+    return compress(sick, CALIBRATION, eval_data=EVALUATION, out=out, max_drop=0.02, repairs="bias"), out
 
 
 def test_the_poisoned_layer_is_spared_and_no_other(controlled):
@@ -102,6 +103,42 @@ def test_the_report_tells_what_was_done_why_and_what_it_bought_and_cost(controll
     assert "went back to float: conv2" in page
 
 
+def test_what_costs_the_result_nothing_is_tried_first_and_told(sick, tmp_path):
+    result = compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, max_drop=0.02)
+    control = result.report.control
+    assert control.met
+    assert not result.drop_exceeded
+    assert not control.spared, control.attempts
+    assert not result.plan.kept_float
+    assert (control.repairs_before, "equalize" in control.repairs) == (("bias",), True)
+    kinds = [attempt.kind for attempt in control.attempts]
+    assert kinds == sorted(kinds, key=["ranges", "repairs", "layers"].index)
+    assert [attempt.what for attempt in control.attempts[:5]] == ["min_max", "hist", "KL", "mse", "emd"]
+    assert control.attempts[-1].what == ",".join(control.repairs)
+    assert control.attempts[-1].kept
+    assert control.attempts[-1].drop <= 0.02 < control.drop_before
+    assert any("the repairs are " in notice.text for notice in result.report.notices)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "What was tried" in page
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["control"]["attempts"][0]["what"] == "min_max"
+
+
+def test_layers_of_few_bits_get_those_of_the_target_before_any_goes_back_to_float(trained, tmp_path):
+    healthy = capture(trained, torch.zeros(1, 1, 8, 8))
+    given = {"eval_data": EVALUATION, "max_drop": 0.02, "repairs": "bias", "bits": [2]}
+    result = compress(healthy, CALIBRATION, out=tmp_path, **given)
+    control = result.report.control
+    assert control.met
+    assert control.drop_before > 0.02
+    own = target_named(resolved_target("onnxruntime")).weight.bits
+    assert {layer.bits for layer in control.spared} == {own}
+    assert not result.plan.kept_float
+    bits = {weight.value: weight.scheme.bits for weight in result.plan.weights}
+    assert {name for name, width in bits.items() if width == own} == {layer.name for layer in control.spared}
+    assert set(bits.values()) == {2, own}
+    assert any(f"layers got {own} bits: " in notice.text for notice in result.report.notices)
+
+
 def test_without_control_the_result_is_written_as_it_is(sick, tmp_path):
     result = compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, max_drop=0.02, control=False)
     assert result.drop_exceeded
@@ -111,14 +148,15 @@ def test_without_control_the_result_is_written_as_it_is(sick, tmp_path):
 
 def test_without_labels_control_is_off_unless_it_is_asked_for(sick, tmp_path):
     assert compress(sick, CALIBRATION, out=tmp_path, max_drop=0.02).drop_exceeded
-    agreeing = compress(sick, CALIBRATION, out=tmp_path, max_drop=0.02, control=True)
+    agreeing = compress(sick, CALIBRATION, out=tmp_path, max_drop=0.02, control=True, repairs="bias")
     assert not agreeing.drop_exceeded
     assert list(agreeing.plan.kept_float) == ["conv2"]
     assert agreeing.report.metric.kind == "agreement"
 
 
 def test_what_is_simulated_gets_sixteen_bits_instead(sick, tmp_path):
-    result = compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, max_drop=0.02, target="simulate")
+    options = {"max_drop": 0.02, "target": "simulate", "repairs": "bias"}
+    result = compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, **options)
     assert not result.drop_exceeded
     assert not result.plan.kept_float
     wide = {weight.value for weight in result.plan.weights if weight.scheme.bits == 16}
@@ -158,7 +196,8 @@ def test_an_interruption_leaves_nothing_half_written(sick, tmp_path):
 
     (tmp_path / "model.onnx").write_text("older")
     with pytest.raises(KeyboardInterrupt):
-        compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, max_drop=0.02, progress=interrupt)
+        options = {"max_drop": 0.02, "progress": interrupt, "repairs": "bias"}
+        compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "older"
 
@@ -170,7 +209,7 @@ def test_the_noise_of_all_quantizers_is_shared_out_among_the_layers(sick):
     sensitivity = measure_sensitivity(prepared, plan, batches)
     names = spareable(prepared, plan)
     assert names == ["conv1", "conv2", "conv3", "fc"]
-    noise = layer_noise(prepared, plan, sensitivity, names)
+    noise = layer_noise(prepared, plan, sensitivity.noise, names)
     assert sum(noise.values()) == pytest.approx(sum(row.noise for row in sensitivity.rows))
     assert max(noise, key=noise.get) == "conv2"
 
@@ -178,8 +217,11 @@ def test_the_noise_of_all_quantizers_is_shared_out_among_the_layers(sick):
 def test_the_command_spares_and_says_so(sick, tmp_path):
     save_program(sick, tmp_path / "sick.pt2")
     given = ["compress", tmp_path / "sick.pt2", "--data", CALIBRATION, "--eval-data", EVALUATION]
-    strict = run(*given, "--max-drop", "0.02", "--out", tmp_path / "out", "--json")
+    strict = run(*given, "--max-drop", "0.02", "--repairs", "bias", "--out", tmp_path / "out", "--json")
     assert strict.exit_code == 0, strict.stderr
     assert [layer["name"] for layer in json.loads(strict.stdout)["control"]["spared"]] == ["conv2"]
+    wrong = run(*given, "--repairs", "smoth", "--out", tmp_path / "out")
+    assert wrong.exit_code == 2
+    assert "Closest: smooth." in wrong.stderr
     loose = run(*given, "--max-drop", "0.02", "--out", tmp_path / "out", "--no-control")
     assert loose.exit_code == 3

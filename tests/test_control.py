@@ -1,4 +1,4 @@
-"""Which layers accuracy control spares."""
+"""Which steps accuracy control takes."""
 
 import math
 from itertools import combinations
@@ -25,45 +25,45 @@ def losing(harm):
 
 def test_nothing_is_spared_where_the_limit_holds_already():
     found = search(LAYERS, losing({"layer3": 0.01})[0], limit=0.01)
-    assert (found.spared, found.met, found.trials) == ((), True, 1)
+    assert (found.taken, found.met, found.trials) == ((), True, 1)
 
 
 def test_one_poisoned_layer_is_spared_alone_wherever_it_stands():
     for name in LAYERS:
         found = search(LAYERS, losing({name: 0.3})[0], limit=0.01)
-        assert (found.spared, found.drop) == ((name,), 0.0)
+        assert (found.taken, found.drop) == ((name,), 0.0)
 
 
 def test_a_drop_that_no_layer_explains_is_not_met():
     found = search(LAYERS, lambda spared: 0.2, limit=0.01)
-    assert (found.spared, found.drop, found.met) == ((), 0.2, False)
+    assert (found.taken, found.drop, found.met) == ((), 0.2, False)
 
 
 def test_a_metric_that_is_no_number_is_beyond_every_limit():
     found = search(LAYERS, lambda spared: math.nan if "layer1" not in spared else 0.0, limit=math.inf)
-    assert found.spared == ("layer1",)
+    assert found.taken == ("layer1",)
 
 
 def test_no_layer_at_all_is_no_error():
     assert not search([], lambda spared: 1.0, limit=0.5).met
 
 
-def test_the_costliest_of_two_that_would_do_is_given_back():
+def test_the_dearest_of_two_that_would_do_is_taken_back():
     def drop_of(spared):  # layer1 is needed, and one of the two others
         return 0.0 if "layer1" in spared and spared & {"layer0", "layer2"} else 0.1
 
     order = ["layer0", "layer2", "layer1"]
     for dear, cheap in (("layer0", "layer2"), ("layer2", "layer0")):
-        found = search(order, drop_of, limit=0.01, costs=dict.fromkeys(order, 1.0) | {dear: 9.0})
-        assert set(found.spared) == {cheap, "layer1"}
+        found = search(order, drop_of, limit=0.01, dearest=[dear, cheap, "layer1"])
+        assert set(found.taken) == {cheap, "layer1"}
 
 
 def test_noise_is_weighed_against_what_its_removal_costs():
     order = by_noise_per_cost(
         [
-            Candidate(name="loud but dear", noise=4.0, cost=100.0),
-            Candidate(name="loud", noise=2.0, cost=20.0),
-            Candidate(name="gains, but is silent", noise=1e-6, cost=-5.0),
+            Candidate(step="loud but dear", noise=4.0, cost=100.0),
+            Candidate(step="loud", noise=2.0, cost=20.0),
+            Candidate(step="gains, but is silent", noise=1e-6, cost=-5.0),
         ]
     )
     assert order == ["loud", "loud but dear", "gains, but is silent"]
@@ -78,9 +78,9 @@ def test_if_sparing_never_harms_the_limit_is_met_and_nothing_more_can_be_given_b
     drop_of, _ = losing(dict(zip(names, harm, strict=True)))
     found = search(names, drop_of, limit=limit)
     assert found.met
-    assert drop_of(frozenset(found.spared)) == found.drop <= limit
-    for name in found.spared:
-        assert drop_of(frozenset(found.spared) - {name}) > limit
+    assert drop_of(frozenset(found.taken)) == found.drop <= limit
+    for name in found.taken:
+        assert drop_of(frozenset(found.taken) - {name}) > limit
 
 
 @given(harms, st.integers(0, 60))
@@ -94,7 +94,7 @@ def test_in_the_order_of_their_harm_the_fewest_are_spared(harm, limit):
         for spared in combinations(names, count)
         if drop_of(frozenset(spared)) <= limit
     )
-    assert len(search(names, drop_of, limit=limit).spared) == fewest
+    assert len(search(names, drop_of, limit=limit).taken) == fewest
 
 
 @given(st.dictionaries(st.frozensets(st.sampled_from("abcdef")), st.floats(0, 1)), st.floats(0, 1))
@@ -108,7 +108,7 @@ def test_whatever_the_metric_does_what_is_found_was_measured_and_no_set_twice(dr
     found = search("abcdef", drop_of, limit=limit)
     assert len(asked) == len(set(asked)) == found.trials
     if found.met:
-        assert found.drop == drop_of(frozenset(found.spared)) <= limit + 1e-9
+        assert found.drop == drop_of(frozenset(found.taken)) <= limit + 1e-9
     else:
         assert found.drop == drop_of(frozenset("abcdef")) > limit
 
@@ -117,5 +117,5 @@ def test_whatever_the_metric_does_what_is_found_was_measured_and_no_set_twice(dr
 def test_a_few_trials_are_enough_for_many_layers(needed):
     names = [f"layer{index}" for index in range(200)]
     found = search(names, losing(dict.fromkeys(names[:needed], 0.01))[0], limit=0.005)
-    assert found.spared == tuple(names[:needed])
+    assert found.taken == tuple(names[:needed])
     assert found.trials <= 4 * math.log2(200) + 8

@@ -14,7 +14,7 @@ from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.correct_bias import correct_bias, correct_weights, first_samples
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import Remembering, prepare, quantize, quantize_again, quantize_with_record
-from slimgraph.quantization.repair import Repairs, best_repairs
+from slimgraph.quantization.repair import Repairs, best_repairs, repairs_of
 
 
 class Uneven(nn.Module):
@@ -102,16 +102,17 @@ def test_what_helps_nothing_is_not_kept(data):
         module[0].weight.copy_(torch.randint(-127, 128, (4, 8)) / 127.0)
         module[0].weight[:, 0] = 1.0
     prepared = prepare(capture(module.eval(), torch.zeros(1, 8)))
-    _, made = best_repairs(prepared, plan_quantization(prepared), data, algorithm="min_max")
-    assert made == Repairs(bias=False)
+    found = best_repairs(prepared, plan_quantization(prepared), data, algorithm="min_max")
+    assert found.repairs == Repairs(bias=False)
+    assert list(found.noise)[:2] == ["nothing", "bias"]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_with_too_few_samples_nothing_is_tried(uneven, count):
     prepared = prepare(uneven)
-    program, made = best_repairs(prepared, plan_quantization(prepared), [torch.randn(count, 8)], algorithm="min_max")
-    assert program is prepared
-    assert made == Repairs(bias=True)
+    found = best_repairs(prepared, plan_quantization(prepared), [torch.randn(count, 8)], algorithm="min_max")
+    assert found.program is prepared
+    assert found.repairs == Repairs(bias=True)
     quantize(uneven, calibration=[torch.randn(count, 8)], repairs="auto")
 
 
@@ -137,6 +138,53 @@ def test_another_plan_gets_the_same_repairs(uneven, data):
     wider = plan_quantization(prepared).with_ranges(done.plan.ranges)
     stale = quantize_again(done, replace(wider, weight_reach=done.plan.weight_reach), data)
     assert wide.plan.weight_reach == stale.plan.weight_reach == {}
+    uncorrected = quantize_again(done, plan, data, repairs=replace(done.repairs, bias=False))
+    assert "correct_bias" not in [entry.step for entry in uncorrected.program.history]
+    assert uncorrected.repairs == Repairs(smooth=0.5, reach=True, bias=False)
+
+
+def test_grids_that_were_strengthened_are_not_strengthened_twice(uneven, data):
+    prepared = prepare(uneven)
+    plan = plan_quantization(prepared, weight_bits=3)
+    done = quantize_with_record(prepared, plan, data, repairs=Repairs(weights=True), histograms=True)
+    again = quantize_again(done, replace(done.plan, ranges={}), data)
+    assert again.plan == done.plan
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("none", Repairs(bias=False)),
+        ("auto", "auto"),
+        ("bias", Repairs()),
+        ("smooth", Repairs(smooth=True, bias=False)),
+        ("smooth=0", Repairs(smooth=0.0, bias=False)),
+        ("equalize, smooth=0.5 ,reach,weights,bias", Repairs(equalize=True, smooth=0.5, reach=True, weights=True)),
+        ("rounding=block,bias", Repairs(rounding="block")),
+    ],
+)
+def test_repairs_are_named_by_what_is_made(text, meant):
+    assert repairs_of(text) == meant
+    assert repairs_of(str(meant)) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("smoth", r"There is no 'smoth'\. .*smooth"),
+        ("bias,autos", "There is no 'autos'"),
+        ("", "There is no ''"),
+        ("bias,", "There is no ''"),
+        ("bias=1", "bias takes no value"),
+        ("smooth=much", "smooth is 'much'"),
+        ("smooth=2", "smooth is 2.0"),
+        ("rounding", "rounding is ''"),
+        ("rounding=layers", "rounding is 'layers'. .*layer"),
+    ],
+)
+def test_names_of_no_repair_are_refused_with_the_closest(text, said):
+    with pytest.raises(ConfigError, match=said):
+        repairs_of(text)
 
 
 @pytest.mark.parametrize(

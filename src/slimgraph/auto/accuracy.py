@@ -5,32 +5,26 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from slimgraph.auto.control import Candidate, by_noise_per_cost, search
+from slimgraph.auto.control import search
 from slimgraph.auto.outcome import Progress
-from slimgraph.deploy.targets import target_named
-from slimgraph.program.count import count
-from slimgraph.program.names import value_of
+from slimgraph.auto.widening import Ladder, Wider, ladder, widened
 from slimgraph.program.program import Program
 from slimgraph.quantization.agreement import output_noise
 from slimgraph.quantization.merge import merge_quantizers
-from slimgraph.quantization.operators import data_inputs, kind_of
+from slimgraph.quantization.mixed_bits import FLOAT
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import Quantization, quantize_again
-from slimgraph.quantization.sensitivity import Sensitivity, measure_sensitivity
-from slimgraph.report.facts import AccuracyControl, SparedLayer
-
-REASON = "accuracy: with it in integers the metric drops by more than allowed"
+from slimgraph.report.facts import AccuracyControl, Attempt, SparedLayer
 
 _RANGES = ("min_max", "hist", "KL", "mse", "emd")
 """The algorithms that are tried; those that are left out give nearly the ranges of one of these."""
 
-_WIDE = 16
-"""Bits of layers that are spared where a target computes with them."""
-
 _ROUNDS = 3
 """How often the limit is tightened where ONNX Runtime and the program differ by a few samples."""
+
+_EQUAL = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +33,9 @@ class Means:
 
     replan: Callable[[Mapping[str, str]], QuantizationPlan]
     """A plan without ranges in which the named layers stay float."""
+    repair: Callable[[str], Quantization] | None
+    """The quantization by ranges of an algorithm and the repairs that lower the noise; None: they are not to be
+    chosen."""
     drop_of: Callable[[Program], float]
     """What the metric loses in a program."""
     confirm: Callable[[Quantization], float]
@@ -54,201 +51,191 @@ class Means:
 def control_accuracy(
     quantized: Quantization, means: Means, *, limit: float, drop: float
 ) -> tuple[Quantization, AccuracyControl]:
-    """A quantization whose drop is within the limit, and what was done; the one that was given, where none is.
+    """A quantization whose drop is within the limit, and what was done; the best without wider layers, where none is.
 
-    First other ranges are tried, which cost nothing but the trial: those with the least noise of the outputs. Then the
-    layers are ranked by the noise that they bring for each microsecond that they save, and the fewest of them are
-    spared (`search`): they go back to float or, for a target that computes with 16 bits, get these. The metric decides
-    in every step, that of the written file at the end.
+    What costs the result nothing comes first: other ranges, of the statistics that are there, and then the cheap
+    repairs, which take another calibration. Of each, that with the least noise of the outputs is taken if the metric
+    agrees. If that is not enough, the fewest layers get more bits (`Ladder`, `search`), those first that bring the most
+    noise for what they save. The metric decides in every step, that of the written file whenever the limit is met.
 
     Args:
         quantized: what loses too much, with histograms among its statistics.
         drop: what it loses.
     """
-    base, base_drop = _with_best_ranges(quantized, means, drop)
-    trials = _Trials(base, means, drop=base_drop)
-    names = spareable(base.prepared, base.plan)
-    noise = layer_noise(
-        base.prepared, base.plan, measure_sensitivity(base.prepared, base.plan, base.repair_batches), names
-    )
-    means.say("Measuring layers", 0, None)
-    lost_us = means.lost_us()
-    costs = lost_us or _macs(base.prepared, names)
-    order = by_noise_per_cost([Candidate(name=name, noise=noise[name], cost=costs.get(name, 0.0)) for name in names])
-    total = sum(noise.values()) or 1.0
+    control = _Control(quantized, means, limit=limit, drop=drop)
+    for cheap in (control.choose_ranges, control.choose_repairs):
+        cheap()
+        if control.is_confirmed(control.best, control.drop):
+            return control.best, control.account({}, control.confirmed, met=True)
+    return control.widen()
 
-    def account(spared: Sequence[str], drop_after: float, *, met: bool) -> AccuracyControl:
-        layers = [
-            SparedLayer(
-                name=name,
-                bits=_WIDE if trials.widens else None,
-                noise_share=noise[name] / total,
-                lost_us=None if trials.widens else lost_us.get(name),
-            )
-            for name in sorted(spared, key=lambda name: -noise[name])
-        ]
+
+class _Control:
+    """What was tried so far, and the best of it without wider layers."""
+
+    def __init__(self, quantized: Quantization, means: Means, *, limit: float, drop: float) -> None:
+        self.first, self.first_drop = quantized, drop
+        self.best, self.drop = quantized, drop
+        self.confirmed = drop
+        self._means, self._limit, self._allowed = means, limit, limit
+        self._attempts: list[Attempt] = []
+        self._ladder: Ladder | None = None
+
+    def is_confirmed(self, candidate: Quantization, drop: float) -> bool:
+        """Whether the limit is met, in the file as well; if only in the program, the limit of this one is tightened."""
+        if candidate is self.first or not drop <= self._allowed + _EQUAL:
+            return False
+        self.confirmed = self._means.confirm(candidate)
+        if self.confirmed <= self._limit + _EQUAL:
+            return True
+        self._allowed -= max(self.confirmed - drop, _EQUAL)
+        return False
+
+    # What costs the result nothing
+
+    def choose_ranges(self) -> None:
+        """Take the ranges that bring the least noise, if the metric agrees."""
+        self._means.say("Trying other ranges", 0, None)
+        tried = {self.first.algorithm: self.first}
+        plan = replace(self.first.plan, ranges={})
+        for algorithm in _RANGES:
+            if algorithm not in tried:
+                tried[algorithm] = quantize_again(self.first, plan, self._means.calibration(), algorithm=algorithm)
+        noises = {name: self._noise(each) for name, each in tried.items()}
+        best = min(noises, key=lambda name: noises[name])
+        drop = self.first_drop
+        if best != self.first.algorithm:
+            drop = self._means.drop_of(merge_quantizers(tried[best].program))
+        is_better = drop < self.first_drop
+        kept = best if is_better else self.first.algorithm
+        for name, noise in noises.items():
+            found = {self.first.algorithm: self.first_drop, best: drop}.get(name)
+            self._attempts.append(Attempt(kind="ranges", what=name, noise=noise, drop=found, kept=name == kept))
+        if is_better:
+            self.best, self.drop = tried[best], drop
+
+    def choose_repairs(self) -> None:
+        """Make the repairs that lower the noise, if the metric agrees."""
+        if self._means.repair is None:
+            return
+        self._means.say("Trying repairs", 0, None)
+        repaired = self._means.repair(self.best.algorithm)
+        drop = self.drop
+        if repaired.repairs != self.best.repairs:
+            drop = self._means.drop_of(merge_quantizers(repaired.program))
+        is_better = drop < self.drop
+        for name, noise in repaired.repair_noise.items():
+            is_kept = is_better and name in (repaired.repairs.names or ("nothing",))
+            self._attempts.append(Attempt(kind="repairs", what=name, noise=noise, drop=None, kept=is_kept))
+        if repaired.repairs != self.best.repairs:
+            found = self._noise(repaired)
+            what = str(repaired.repairs)
+            self._attempts.append(Attempt(kind="repairs", what=what, noise=found, drop=drop, kept=is_better))
+        if is_better:
+            self.best, self.drop = repaired, drop
+
+    def _noise(self, candidate: Quantization) -> float:
+        return output_noise(self.first.prepared, candidate.program, self._means.held_out)
+
+    # What costs bytes or time
+
+    def widen(self) -> tuple[Quantization, AccuracyControl]:
+        """The best with the fewest layers that are wider, and what was done."""
+        self._means.say("Measuring layers", 0, None)
+        self._ladder = steps = ladder(self.best, self._means.lost_us())
+        trials = _Trials(self.best, self._means, self._attempts, drop=self.drop)
+        for _ in range(_ROUNDS):
+            found = search(steps.order, trials.drop_of, limit=self._allowed, dearest=steps.dearest)
+            widths = widths_of(found.taken)
+            final = trials.quantization(widths) if found.met else None
+            if final is None:  # not even all of them help, or nothing would be left to quantize
+                break
+            if self.is_confirmed(final, found.drop):
+                trials.keep(widths)
+                return final, self.account(widths, self.confirmed, met=True)
+        return self.best, self.account({}, trials.drop_of(frozenset(steps.order)), met=False)
+
+    # The account
+
+    def account(self, widths: Mapping[str, int], drop: float, *, met: bool) -> AccuracyControl:
+        """What was done, if layers have these widths now."""
+        spared = []
+        if self._ladder is not None:
+            for name, bits in widths.items():
+                share = self._ladder.noise_share(name, bits)
+                lost = self._ladder.lost_us.get(name) if bits == FLOAT else None
+                spared.append(
+                    SparedLayer(name=name, bits=None if bits == FLOAT else bits, noise_share=share, lost_us=lost)
+                )
         return AccuracyControl(
-            limit=limit,
-            drop_before=drop,
-            drop=drop_after,
+            limit=self._limit,
+            drop_before=self.first_drop,
+            drop=drop,
             met=met,
-            algorithm_before=quantized.algorithm,
-            algorithm=base.algorithm if met else quantized.algorithm,
-            spared=tuple(layers),
-            layers=len(names),
-            trials=len(trials.drops) + (base is not quantized),
+            algorithm_before=self.first.algorithm,
+            algorithm=self.best.algorithm,
+            repairs_before=self.first.repairs.names,
+            repairs=self.best.repairs.names,
+            spared=tuple(sorted(spared, key=lambda layer: -layer.noise_share)),
+            layers=0 if self._ladder is None else len(self._ladder.layers),
+            attempts=tuple(self._attempts),
         )
 
-    allowed = limit
-    for _ in range(_ROUNDS):
-        found = search(order, trials.drop_of, limit=allowed, costs={name: costs.get(name, 0.0) for name in names})
-        final = trials.quantization(frozenset(found.spared)) if found.met else None
-        if final is None:  # not even all of them help, or nothing would be left to quantize
-            break
-        actual = means.confirm(final)
-        if actual <= limit + 1e-9:
-            return final, account(found.spared, actual, met=True)
-        allowed -= max(actual - found.drop, 1e-9)
-    return quantized, account((), trials.drop_of(frozenset(names)), met=False)
 
-
-# Ranges
-
-
-def _with_best_ranges(quantized: Quantization, means: Means, drop: float) -> tuple[Quantization, float]:
-    """The quantization with the ranges that bring the least noise, if the metric agrees, and what it loses."""
-    means.say("Trying other ranges", 0, None)
-    tried = {quantized.algorithm: quantized}
-    plan = replace(quantized.plan, ranges={})
-    for algorithm in _RANGES:
-        if algorithm not in tried:
-            tried[algorithm] = quantize_again(quantized, plan, means.calibration(), algorithm=algorithm)
-    noises = {name: output_noise(quantized.prepared, each.program, means.held_out) for name, each in tried.items()}
-    best = min(noises, key=lambda name: noises[name])
-    if best == quantized.algorithm:
-        return quantized, drop
-    found = means.drop_of(merge_quantizers(tried[best].program))
-    return (tried[best], found) if found < drop else (quantized, drop)
-
-
-# Layers
-
-
-def spareable(program: Program, plan: QuantizationPlan) -> list[str]:
-    """Values of the operators that run in integers for their own sake, not for that of their neighbours."""
-    anchors = target_named(plan.target).anchors
-    layers = {weight.value for weight in plan.weights}
-    quantized = {activation.value for activation in plan.activations}
-    return [
-        name
-        for name, node in program.values.items()
-        if name in layers
-        or (
-            kind_of(node) in anchors
-            and name not in plan.kept_float
-            and any(value_of(source) in quantized for source in data_inputs(program, node))
-        )
-    ]
-
-
-def layer_noise(
-    program: Program, plan: QuantizationPlan, sensitivity: Sensitivity, names: Sequence[str]
-) -> dict[str, float]:
-    """The noise that sparing each layer takes away, nearly.
-
-    That of a value is shared by the layers that write and read it, also through operators between them.
-    """
-    noise = dict.fromkeys(names, 0.0)
-    values = program.values
-    found = sensitivity.noise
-    for name in names:
-        noise[name] += found.get(("weight", name), 0.0)
-    for activation in plan.activations:
-        if not (brought := found.get(("activation", activation.value), 0.0)):
-            continue
-        node = values[activation.value]
-        writers = {activation.value} if activation.value in noise else _nearest(node, _sources, noise)
-        near = writers | _nearest(node, _readers, noise)
-        for name in near:
-            noise[name] += brought / len(near)
-    return noise
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    return list(node.users)
-
-
-def _nearest(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]], layers: Mapping[str, float]) -> set[str]:
-    """The first layers that are met in one direction."""
-    waiting, seen, met = [start], {start}, set()
-    while waiting:
-        for node in neighbours(waiting.pop()):
-            if node in seen:
-                continue
-            seen.add(node)
-            if value_of(node) in layers:
-                met.add(value_of(node))
-            else:
-                waiting.append(node)
-    return met
-
-
-def _macs(program: Program, names: Sequence[str]) -> dict[str, float]:
-    macs = {row.value: float(row.macs) for row in count(program).rows}
-    return {name: macs.get(name, 0.0) for name in names}
+def widths_of(taken: Iterable[Wider]) -> dict[str, int]:
+    """The bits of each layer after these steps."""
+    widths: dict[str, int] = {}
+    for step in taken:
+        widths[step.layer] = max(step.bits, widths.get(step.layer, 0))
+    return widths
 
 
 class _Trials:
-    """What the metric loses with some layers spared; each set is measured once."""
+    """What the metric loses with some layers wider; each set is measured once."""
 
-    def __init__(self, base: Quantization, means: Means, *, drop: float) -> None:
-        self._base = base
-        self._means = means
-        self.drops: dict[frozenset[str], float] = {frozenset(): drop}
-        self.widens = base.plan.target == "simulate"
+    def __init__(self, base: Quantization, means: Means, attempts: list[Attempt], *, drop: float) -> None:
+        self._base, self._means, self._attempts = base, means, attempts
+        self._drops: dict[frozenset[tuple[str, int]], float] = {frozenset(): drop}
+        self._places: dict[frozenset[tuple[str, int]], int] = {}
 
-    def drop_of(self, spared: frozenset[str]) -> float:
-        if spared not in self.drops:
-            self._means.say("Trying which layers to spare", len(self.drops), None)
-            found = self.quantization(spared)
+    def drop_of(self, taken: frozenset[Wider]) -> float:
+        widths = widths_of(taken)
+        key = frozenset(widths.items())
+        if key not in self._drops:
+            self._means.say("Trying which layers to widen", len(self._drops), None)
+            found = self.quantization(widths)
             program = self._base.prepared if found is None else merge_quantizers(found.program)
-            self.drops[spared] = self._means.drop_of(program)
-        return self.drops[spared]
+            self._drops[key] = drop = self._means.drop_of(program)
+            self._places[key] = len(self._attempts)
+            self._attempts.append(Attempt(kind="layers", what=described(widths), noise=None, drop=drop, kept=False))
+        return self._drops[key]
 
-    def quantization(self, spared: frozenset[str]) -> Quantization | None:
+    def keep(self, widths: Mapping[str, int]) -> None:
+        """Note which of the trials is the result."""
+        place = self._places.get(frozenset(widths.items()))
+        if place is not None:
+            self._attempts[place] = replace(self._attempts[place], kept=True)
+
+    def quantization(self, widths: Mapping[str, int]) -> Quantization | None:
         """None where nothing is left to quantize."""
-        if not spared:
+        if not widths:
             return self._base
-        if self.widens:
-            plan = _widened(self._base, spared)
-        else:
-            plan = self._means.replan(dict.fromkeys(sorted(spared), REASON))
-        if not plan.activations:
-            return None
-        return quantize_again(self._base, plan, self._means.calibration())
+        plan = widened(self._base, widths, self._means.replan)
+        return quantize_again(self._base, plan, self._means.calibration()) if plan.activations else None
 
 
-def _widened(base: Quantization, spared: frozenset[str]) -> QuantizationPlan:
-    """The plan with 16 bits for the layers and what they read, whose ranges are the extremes: nothing need be cut."""
-    values = base.prepared.values
-    plan = base.plan
-    quantized = {activation.value: activation for activation in plan.activations}
-    read = {
-        value_of(source) for name in spared for source in data_inputs(base.prepared, values[name])
-    } & quantized.keys()
-    layers = {weight.value for weight in plan.weights}
-    ranges = dict(plan.ranges)
-    for name in read:
-        owner = quantized[name].range_of
-        if owner in base.statistics:
-            seen = base.statistics[owner]
-            ranges[owner] = (min(seen.minimum, 0.0), max(seen.maximum, 0.0))
-    wide = plan.with_bits(dict.fromkeys(spared & layers, _WIDE), dict.fromkeys(read, _WIDE))
-    return replace(wide, ranges=ranges)
+def described(widths: Mapping[str, int]) -> str:
+    """How many layers have which bits.
+
+    >>> described({"conv1": 8, "conv2": 8, "head": 32})
+    '2 layers in 8 bits, 1 in float'
+    """
+    parts: list[str] = []
+    for bits in sorted({*widths.values()}):
+        number = sum(width == bits for width in widths.values())
+        layers = "" if parts else " layer" if number == 1 else " layers"
+        parts.append(f"{number}{layers} in {'float' if bits == FLOAT else f'{bits} bits'}")
+    return ", ".join(parts)
 
 
 def held_out(batches: Iterable[Mapping[str, Tensor]], *, skipped: int, most: int) -> list[Mapping[str, Tensor]]:

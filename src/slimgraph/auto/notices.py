@@ -129,28 +129,45 @@ def control_notices(control: AccuracyControl | None, metric: MetricResult) -> It
     if control is None:
         return
     before, after, limit = (difference_text(metric, x) for x in (control.drop_before, control.drop, control.limit))
+    cheap = [*_cheap(control)]
     if not control.met:
+        taken = f" Kept is what costs nothing: {_joined(cheap)}." if cheap else ""
         yield Notice(
             level="warning",
             text=f"The drop of {before} could not be brought within {limit}: with each of the {control.layers} layers "
-            f"spared it is {after}, which leaves nothing in integers or is still too much. So none was spared. Allow a "
-            "larger drop, or train the model with quantizers.",
+            f"spared it is {after}, which leaves nothing in integers or is still too much. So none was spared.{taken} "
+            "Allow a larger drop, or train the model with quantizers.",
         )
         return
-    done = []
-    if control.algorithm != control.algorithm_before:
-        done.append(f"ranges were chosen by {control.algorithm} instead of {control.algorithm_before}")
-    if control.spared:
-        widened = control.spared[0].bits
-        kept = f"got {widened} bits" if widened is not None else "went back to float"
-        done.append(
-            f"{len(control.spared)} of {control.layers} layers {kept}: {_listed([*map(_spared, control.spared)])}"
-        )
+    done = _joined([*cheap, *_widened(control)])
     yield Notice(
         level="notice",
-        text=f"The metric dropped by {before}, and {limit} are allowed. So {', and '.join(done)}. It drops by {after} "
-        f"now. It took {control.trials} trials.",
+        text=f"The metric dropped by {before}, and {limit} are allowed. So {done}. It drops by {after} now. "
+        f"It took {control.trials} trials.",
     )
+
+
+def _cheap(control: AccuracyControl) -> Iterator[str]:
+    """What was done that costs the result nothing."""
+    if control.algorithm != control.algorithm_before:
+        yield f"ranges were chosen by {control.algorithm} instead of {control.algorithm_before}"
+    if control.repairs != control.repairs_before:
+        now, before = (", ".join(names) or "none" for names in (control.repairs, control.repairs_before))
+        yield f"the repairs are {now} instead of {before}"
+
+
+def _widened(control: AccuracyControl) -> Iterator[str]:
+    """Which layers got more bits, or went back to float."""
+    by_bits: defaultdict[int | None, list[SparedLayer]] = defaultdict(list)
+    for layer in control.spared:
+        by_bits[layer.bits].append(layer)
+    for bits, layers in by_bits.items():
+        kept = f"got {bits} bits" if bits is not None else "went back to float"
+        yield f"{len(layers)} of {control.layers} layers {kept}: {_listed([*map(_spared, layers)])}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return ", and ".join(parts)
 
 
 def _spared(layer: SparedLayer) -> str:

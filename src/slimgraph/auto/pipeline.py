@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,6 +49,7 @@ from slimgraph.quantization.quantize import (
     require_work,
 )
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
+from slimgraph.quantization.repair import AUTO, Repairs, repairs_named
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.facts import AccuracyControl, MetricResult
 from slimgraph.report.page import write_report
@@ -90,6 +91,7 @@ class CompressOptions(TypedDict, total=False):
     control: bool | None
     analyze: bool | None
     algorithm: str
+    repairs: Repairs | str | None
     skip: Sequence[str]
     bits: Sequence[int]
     activation_bits: Sequence[int]
@@ -136,6 +138,7 @@ def compress(
     control: bool | None = None,
     analyze: bool | None = None,
     algorithm: str = DEFAULT_ALGORITHM,
+    repairs: Repairs | str | None = None,
     skip: Sequence[str] = (),
     bits: Sequence[int] = (),
     activation_bits: Sequence[int] = (),
@@ -161,11 +164,14 @@ def compress(
         target: where the model will run. "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI.
         metric: "top1", "top5" or "module:callable"; higher is better.
         max_drop: how much of the metric may be lost, absolute. A result that lost more is written, and says so first.
-        control: when more is lost, look for other ranges, and take the fewest layers out of the quantization that have
-            to be. None: where `eval_data` has labels and no budget chooses bits; True: also with a budget, and to let
-            the answers agree with the original's.
+        control: when more is lost, look for other ranges and repairs, and give the fewest layers more bits that need
+            them, or take them out of the quantization. None: where `eval_data` has labels and no budget chooses bits;
+            True: also with a budget, and to let the answers agree with the original's.
         analyze: tell in the report which layers make the loss, and why. None: where that takes a second at most.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
+        repairs: what is done against rounding errors, as for `quantize`: `Repairs`, or a text as "auto", "none",
+            "bias,smooth". None: biases are corrected, weights of `bits` get the grids of least squared error, and
+            `control` may choose others.
         skip: layers that stay float, as `select` takes them.
         bits: of weights; several are choices for each layer, of which 32 is float. None: the target's.
         activation_bits: as `bits`, of activations.
@@ -185,6 +191,7 @@ def compress(
     _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
     resolved = resolved_target(target)
     widths = Widths(weights=tuple(bits), activations=tuple(activation_bits), budget=as_budget(budget))
+    wanted = widths.repairs if repairs is None else repairs_named(repairs)
     calibration = open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
     _try_out(program, calibration, evaluation, metric, float_reference)
@@ -202,20 +209,29 @@ def compress(
         calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
     )
     with staging(out) as folder, TemporaryDirectory(dir=folder) as scratch:
-        quantized = _quantized(original, plan, calibration, algorithm, say)
+        quantized = _quantized(original, plan, calibration, algorithm, wanted, say)
         files = ResultFiles(
             program, folder / "model.onnx", Path(scratch), float_reference, narrow=resolved.startswith("onnxruntime")
         )
         mixed = None
         if widths.are_choices:
             mixed = widths.chosen(quantized, files, how, say)
-            quantized = quantize_again(quantized, replan(mixed), (batch.inputs for batch in calibration))
+            given = (batch.inputs for batch in calibration)
+            # What "auto" has tried were the widest of the bits, and those of 4 that are among the chosen need more.
+            made = replace(quantized.repairs, reach=True) if wanted == AUTO else quantized.repairs
+            quantized = quantize_again(quantized, replan(mixed), given, repairs=made)
         judged = files.write(quantized.program, how, say)
         controlled = None
         by_default = how.labelled is not None and mixed is None  # what it spares costs some of a budget
         if judged.exceeds_max_drop and (by_default if control is None else control):
             again = partial(replan, mixed)
-            quantized, judged, controlled = _controlled(quantized, judged, again, files, how, say)
+
+            def repair(chosen: str) -> Quantization:
+                return _quantized(original, again({}), calibration, chosen, AUTO, say)
+
+            quantized, judged, controlled = _controlled(
+                quantized, judged, again, repair if repairs is None else None, files, how, say
+            )
         found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
         losses = losses_of(quantized, calibration, found.comparison, wanted=analyze)
         say("Writing the report", 0, None)
@@ -281,13 +297,19 @@ def _try_out(
 
 
 def _quantized(
-    original: Program, plan: QuantizationPlan, calibration: DataSource, algorithm: str, say: Progress
+    original: Program,
+    plan: QuantizationPlan,
+    calibration: DataSource,
+    algorithm: str,
+    repairs: Repairs | Literal["auto"],
+    say: Progress,
 ) -> Quantization:
     return quantize_with_record(
         original,
         plan,
         (batch.inputs for batch in calibration),
         algorithm=algorithm,
+        repairs=repairs,
         histograms=True,  # the report shows them
         progress=lambda seen: say("Calibrating", seen, calibration.samples),
         stage=lambda name: say(name, 0, None),
@@ -298,6 +320,7 @@ def _controlled(
     quantized: Quantization,
     metric: MetricResult,
     replan: Callable[[Mapping[str, str]], QuantizationPlan],
+    repair: Callable[[str], Quantization] | None,
     files: ResultFiles,
     how: Judged,
     say: Progress,
@@ -316,6 +339,7 @@ def _controlled(
 
     means = Means(
         replan=replan,
+        repair=repair,
         drop_of=lambda program: drop_of(program, quantized.prepared, metric, how),
         confirm=confirm,
         # Other targets' files run here as well, but what their runtimes fuse is not seen here.

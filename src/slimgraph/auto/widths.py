@@ -15,7 +15,7 @@ from slimgraph.quantization.mixed_bits import FLOAT, Budget, LayerTimes, MixedBi
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import Quantization
-from slimgraph.quantization.reach import with_best_reach
+from slimgraph.quantization.repair import Repairs
 from slimgraph.quantization.sensitivity import measure_sensitivity
 
 _BYTE = 8
@@ -55,6 +55,11 @@ class Widths:
         """Whether bits have to be chosen."""
         return self.budget is not None
 
+    @property
+    def repairs(self) -> Repairs:
+        """Those that are made where none is asked for: narrow weights have the grids of least squared error."""
+        return Repairs(reach=bool(self.weights))
+
     def plan(
         self,
         program: Program,
@@ -63,7 +68,7 @@ class Widths:
         mixed: MixedBits | None,
         spared: Mapping[str, str],
     ) -> QuantizationPlan:
-        """The plan with the widest of the bits, or with those that were chosen; narrow weights have their reach.
+        """The plan with the widest of the bits, or with those that were chosen.
 
         Raises:
             ConfigError: the target computes with fewer bits.
@@ -78,7 +83,7 @@ class Widths:
             weight_bits=max(weights, default=None),
             activation_bits=max(activations, default=None),
         )
-        return with_best_reach(program, plan if mixed is None else mixed.on(plan)) if weights else plan
+        return plan if mixed is None else mixed.on(plan)
 
     def _for(self, target: str) -> tuple[list[int], list[int]]:
         """The integer widths; where the target's byte has fewer bits that are used, 8 are those."""

@@ -10,7 +10,7 @@ import typer
 
 from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.given import ModelOptions, look, require_output_folder
-from slimgraph.cli.options import Algorithm, Data, Metric, ModelArgument, Seed, Skip, Target, Threads
+from slimgraph.cli.options import Algorithm, Data, Metric, ModelArgument, RepairsOption, Seed, Skip, Target, Threads
 from slimgraph.cli.samples import SampleOptions, open_samples
 from slimgraph.errors import ConfigError
 
@@ -66,12 +66,14 @@ def compress(
         bool | None,
         typer.Option(
             "--control/--no-control",
-            help="When more is lost than --max-drop, try other ranges and leave the fewest layers in float that have "
-            "to be. If not given: with labels in --eval-data, and without --budget.",
+            help="When more is lost than --max-drop, try other ranges and repairs, and give more bits to the fewest "
+            "layers that need them, or leave them in float. If not given: with labels in --eval-data, and without "
+            "--budget.",
             show_default=False,
         ),
     ] = None,
     algorithm: Algorithm = "min_max",
+    repairs: RepairsOption = None,
     skip: Skip = None,
     analyze: Annotated[
         bool | None,
@@ -143,6 +145,7 @@ def compress(
             "control": control,
             "analyze": analyze,
             "algorithm": algorithm,
+            "repairs": repairs,
             "skip": skip or [],
             "bits": _widths("--bits", bits),
             "activation_bits": _widths("--activation-bits", activation_bits),

@@ -61,6 +61,17 @@ Algorithm = Annotated[
     str,
     typer.Option("--algorithm", help="How ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf."),
 ]
+RepairsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--repairs",
+        metavar="NAMES",
+        help="What is done against rounding errors: auto (tries what is cheap), none, or those of equalize, smooth, "
+        "smooth=0.5, reach, weights, rounding=layer, rounding=block (minutes), bias, with commas between. If not "
+        "given: bias, and what is cheap when more is lost than --max-drop.",
+        show_default=False,
+    ),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(

@@ -41,6 +41,8 @@ class Target:
     """Inputs and output of a concatenation have one scale, so that it is a copy."""
     dynamic: frozenset[str] = frozenset()
     """Operators that it computes in integers with ranges taken at inference, from each tensor; none where it cannot."""
+    any_bits: bool = False
+    """It computes on grids of up to 16 bits; otherwise on those of `activation` and `weight`, and on narrower ones."""
     drops_activations: bool = True
     """An activation function that the quantizer's range performs (ReLU, ReLU6) is left out, since it blocks fusion."""
 
@@ -133,6 +135,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             anchors=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL, SOFTMAX}),
             output_quantized=frozenset({SOFTMAX}),
             dynamic=frozenset({CONVOLUTION, TRANSPOSED_CONVOLUTION, LINEAR, MATMUL}),
+            any_bits=True,
             drops_activations=False,
             concat_shares_scale=False,
         ),

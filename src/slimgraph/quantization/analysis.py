@@ -22,6 +22,7 @@ from slimgraph.quantization.evidence import (
     activation_evidence,
     weight_evidence,
 )
+from slimgraph.quantization.neighbours import nearest
 from slimgraph.quantization.operators import data_inputs, kind_of, rectified_range
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.sensitivity import QuantizerSensitivity, measure_sensitivity
@@ -258,19 +259,7 @@ class _Rows:
 
     def _nearest(self, start: fx.Node, *, backwards: bool) -> set[str]:
         """The first operators that compute in integers in one direction; others move numbers at most."""
-        met = set[str]()
-        waiting, seen = [start], {start}
-        while waiting:
-            node = waiting.pop()
-            for near in node.all_input_nodes if backwards else node.users:
-                if near in seen:
-                    continue
-                seen.add(near)
-                if self._is_integer(near):
-                    met.add(value_of(near))
-                elif kind_of(near) in _MOVES or rectified_range(near) is not None:
-                    waiting.append(near)
-        return met
+        return nearest(start, self._is_integer, backwards=backwards, passes=_only_moves)
 
     def _is_integer(self, node: fx.Node) -> bool:
         """Whether an operator computes in integers, and not because its neighbours do."""
@@ -278,6 +267,10 @@ class _Rows:
             return True
         sources = data_inputs(self._program, node) if kind_of(node) in _JOINS else []
         return bool(sources) and all(value_of(source) in self._quantized for source in sources)
+
+
+def _only_moves(node: fx.Node) -> bool:
+    return kind_of(node) in _MOVES or rectified_range(node) is not None
 
 
 def _options(layers: Iterable[str]) -> str:

@@ -90,7 +90,7 @@ def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | N
         ("weight", wanted_weight, target.weight),
         ("activation", wanted_activation, target.activation),
     ):
-        if target.name != "simulate" and wanted.bits > own.bits:
+        if not target.any_bits and wanted.bits > own.bits:
             raise ConfigError(
                 f"{kind}_bits is {wanted.bits}, but target {target.name!r} computes with {own.bits} bits at most."
             )
@@ -105,7 +105,7 @@ def _taking_ranges_at_inference(target: Target) -> Target:
             f"Target {target.name!r} has no operator that takes the range of its input at inference. Calibrate ranges "
             f"for it, or take one of {able}."
         )
-    if target.name != "simulate" and target.activation.bits != 8:
+    if not target.any_bits and target.activation.bits != 8:
         raise ConfigError(
             f"activation_bits is {target.activation.bits}, but ranges at inference are those of DynamicQuantizeLinear, "
             "which has 8 bits. Leave it out, or take the target 'simulate'."

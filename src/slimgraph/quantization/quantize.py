@@ -1,8 +1,8 @@
 """Post-training quantization in one call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +22,14 @@ from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
-from slimgraph.quantization.repair import Repairs, best_repairs, repair_rounding, repair_scales, repairs_named
+from slimgraph.quantization.repair import (
+    AUTO,
+    Repairs,
+    best_repairs,
+    repair_rounding,
+    repair_scales,
+    repairs_named,
+)
 from slimgraph.quantization.statistics import ValueStatistics
 
 
@@ -101,7 +108,7 @@ def quantize(
     skip: Sequence[str] = (),
     operators: Sequence[str] | None = None,
     bias_correction: bool = True,
-    repairs: Repairs | Literal["auto"] | None = None,
+    repairs: Repairs | str | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     weight_per_channel: bool = True,
@@ -120,8 +127,9 @@ def quantize(
         operators: what may be quantized, by kind ("convolution", "linear", …) or by the documents' names ("conv2d",
             "mul", …); `slimgraph targets` lists them. None is all that the target computes in integers.
         bias_correction: take each layer's mean rounding error off its bias.
-        repairs: what else is done against rounding errors; "auto" tries what is cheap, and keeps what makes the outputs
-            more alike on samples that it was not made with. None is the correction of biases only.
+        repairs: what else is done against rounding errors, also by names as "bias,smooth" (`repairs_of`); "auto" tries
+            what is cheap, and keeps what makes the outputs more alike on samples that it was not made with. None is the
+            correction of biases only.
         weight_bits: fewer bits for weights than the target's.
         activation_bits: fewer bits for activations than the target's.
         weight_per_channel: False gives each weight one scale instead of one for each output channel.
@@ -181,6 +189,8 @@ class Quantization:
     """The first of the calibration data, with which the repairs were made."""
     repairs: Repairs = Repairs()  # noqa: RUF009 - it is frozen
     """Those that were made; what "auto" has chosen."""
+    repair_noise: Mapping[str, float] = field(default_factory=dict)
+    """Of the outputs, by what "auto" tried (`ChosenRepairs`); empty where nothing was tried."""
 
 
 def quantize_with_record(
@@ -190,7 +200,7 @@ def quantize_with_record(
     *,
     algorithm: str = DEFAULT_ALGORITHM,
     bias_correction: bool = True,
-    repairs: Repairs | Literal["auto"] | None = None,
+    repairs: Repairs | str | None = None,
     histograms: bool = False,
     progress: Callable[[int], None] | None = None,
     stage: Callable[[str], None] | None = None,
@@ -219,12 +229,13 @@ def quantize_with_record(
         if progress is not None:
             progress(seen)
 
-    samples_kept = 2 * REPAIR_SAMPLES if wanted == "auto" else wanted.samples
+    samples_kept = 2 * REPAIR_SAMPLES if wanted == AUTO else wanted.samples
     remembered = Remembering(prepared, calibration, samples=samples_kept)
-    if wanted == "auto":
+    tried: Mapping[str, float] = {}
+    if wanted == AUTO:
         say("Trying repairs")
-        first = remembered.first()
-        scaled, made = best_repairs(prepared, plan, first, algorithm=algorithm, bias=bias_correction)
+        chosen = best_repairs(prepared, plan, remembered.first(), algorithm=algorithm, bias=bias_correction)
+        scaled, made, tried = chosen.program, chosen.repairs, chosen.noise
     else:
         made = wanted
         scaled = repair_scales(prepared, plan, remembered.first(), made) if made.rescales else prepared
@@ -249,6 +260,7 @@ def quantize_with_record(
         samples=samples,
         repair_batches=tuple(remembered.batches),
         repairs=made,
+        repair_noise=tried,
     )
 
 
@@ -258,7 +270,7 @@ def quantize_again(
     calibration: Iterable[Any],
     *,
     algorithm: str | None = None,
-    bias_correction: bool = True,
+    repairs: Repairs | None = None,
 ) -> Quantization:
     """What another plan makes of the same program, without another pass over the data wherever that can be.
 
@@ -267,10 +279,12 @@ def quantize_again(
         plan: without ranges it gets them from the statistics; a value whose scale was another's takes that one's.
         calibration: read only if the plan needs the range of a value that has no statistics yet.
         algorithm: another than before.
+        repairs: others than before, but those that rescale channels: these are made already.
     Raises:
         ProgramError: the plan quantizes nothing.
     """
     require_work(plan)
+    repairs = done.repairs if repairs is None else repairs
     algorithm = done.algorithm if algorithm is None else algorithm
     statistics = dict(done.statistics)
     for activation in done.plan.activations:
@@ -279,13 +293,10 @@ def quantize_again(
     if missing := [name for name in values_to_observe(plan) if name not in statistics]:
         statistics |= collect_statistics(done.prepared, missing, calibration)
     ranged = plan if plan.ranges else choose_ranges(plan, statistics, algorithm=algorithm)
-    # A reach that repairs chose for one width is wrong for another.
-    kept = {weight.value for weight in ranged.weights if weight in done.plan.weights}
-    reach = {
-        name: r for name, r in ranged.weight_reach.items() if name in kept or r != done.plan.weight_reach.get(name)
-    }
-    ranged = replace(ranged, weight_reach=reach)
-    repairs = replace(done.repairs, bias=bias_correction)
+    if done.repairs.reaches:  # they find the reach again, for the grids that weights have now
+        before = done.plan.weight_reach
+        own = {name: reach for name, reach in ranged.weight_reach.items() if reach != before.get(name)}
+        ranged = replace(ranged, weight_reach=own)
     rounded, ranged = repair_rounding(done.prepared, ranged, done.repair_batches, repairs)
     return replace(
         done,
@@ -293,6 +304,7 @@ def quantize_again(
         plan=ranged,
         statistics=statistics,
         algorithm=algorithm,
+        repairs=repairs,
     )
 
 

@@ -1,7 +1,7 @@
 """Which repairs make a quantized program answer more like its float twin, and in which order."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -31,6 +31,13 @@ _LEAST_GAIN = 0.02
 
 _RESCALING = ("smooth", "equalize")
 
+AUTO: Literal["auto"] = "auto"
+"""The name of the repairs that `best_repairs` chooses."""
+
+NONE = "none"
+
+_NOTHING = "nothing"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repairs:
@@ -56,6 +63,21 @@ class Repairs:
         if not 0 <= self.smooth <= 1:
             raise ConfigError(f"smooth is {self.smooth}; give True, False or a strength from 0 to 1, such as 0.5.")
 
+    def __str__(self) -> str:
+        """As `repairs_of` reads it.
+
+        >>> str(Repairs(smooth=0.5, rounding="layer"))
+        'smooth=0.5,rounding=layer,bias'
+        """
+        made = {name: getattr(self, name) for name in self.names}
+        return ",".join(name if value is True else f"{name}={value}" for name, value in made.items()) or NONE
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those that are made."""
+        values = {found.name: getattr(self, found.name) for found in fields(self)}
+        return tuple(name for name, value in values.items() if value is not False and value is not None)
+
     @property
     def samples(self) -> int:
         """Calibration samples that the repairs are made with."""
@@ -67,12 +89,51 @@ class Repairs:
         return self.equalize or self.smooth is not False
 
     @property
+    def reaches(self) -> bool:
+        """Whether any of them changes how far the grids of weights reach."""
+        return self.reach or self.weights or self.rounding is not None
+
+    @property
     def scales(self) -> "Repairs":
         """Of these the ones that change the ranges of activations: they come before calibration."""
         return Repairs(equalize=self.equalize, smooth=self.smooth, bias=False)
 
 
-def repairs_named(given: "Repairs | Literal['auto'] | None", *, bias_correction: bool) -> "Repairs | Literal['auto']":
+def repairs_of(text: str) -> "Repairs | Literal['auto']":
+    """The repairs that a text names: "auto", "none", or one after another; what is not named is not made.
+
+    Raises:
+        ConfigError: a name is of no repair, or has a value that it does not take.
+
+    >>> repairs_of("bias, smooth=0.5") == Repairs(bias=True, smooth=0.5)
+    True
+    """
+    if text == AUTO:
+        return AUTO
+    wanted: dict[str, Any] = {"bias": False}
+    for part in [] if text == NONE else text.split(","):
+        name, is_given, value = (word.strip() for word in part.partition("="))
+        names = [found.name for found in fields(Repairs)]
+        if name not in names:
+            raise ConfigError(f"repairs is {text!r}. There is no {name!r}. {closest(name, [*names, AUTO, NONE])}")
+        wanted[name] = True
+        if name == "rounding":
+            wanted[name] = value
+        elif is_given and name == "smooth":
+            wanted[name] = _strength(value)
+        elif is_given:
+            raise ConfigError(f"repairs has {part.strip()!r}, but {name} takes no value: name it, or leave it out.")
+    return Repairs(**wanted)
+
+
+def _strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"smooth is {text!r}; give a strength from 0 to 1, as smooth=0.5, or smooth alone.") from None
+
+
+def repairs_named(given: "Repairs | str | None", *, bias_correction: bool = True) -> "Repairs | Literal['auto']":
     """The repairs that were asked for; without any the correction of biases, if that.
 
     Raises:
@@ -80,13 +141,12 @@ def repairs_named(given: "Repairs | Literal['auto'] | None", *, bias_correction:
     """
     if given is None:
         return Repairs(bias=bias_correction)
-    if isinstance(given, Repairs):
-        if not bias_correction and given.bias:
-            raise ConfigError("bias_correction is False, but repairs has bias=True. Give Repairs(bias=False, …) alone.")
-        return given
-    if given != "auto":
-        raise ConfigError(f'repairs is {given!r}; give Repairs(…), "auto", or None.')
-    return "auto"
+    if not isinstance(given, (Repairs, str)):
+        raise ConfigError(f'repairs is {given!r}; give Repairs(…), "auto", "none", names as "bias,smooth", or None.')
+    wanted = repairs_of(given) if isinstance(given, str) else given
+    if not bias_correction and wanted != AUTO and wanted.bias:
+        raise ConfigError("bias_correction is False, but repairs has bias. Leave bias_correction out.")
+    return wanted
 
 
 def repair_scales(program: Program, plan: QuantizationPlan, batches: Iterable[Any], repairs: Repairs) -> Program:
@@ -125,6 +185,17 @@ def repair_rounding(
     return program, plan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenRepairs:
+    """The repairs that were chosen."""
+
+    program: Program
+    """The float program, with its channels as they rescale them."""
+    repairs: Repairs
+    noise: Mapping[str, float]
+    """Of the outputs, by what was tried: each with those that were kept before it, and first "nothing" at all."""
+
+
 def best_repairs(
     program: Program,
     plan: QuantizationPlan,
@@ -132,8 +203,8 @@ def best_repairs(
     *,
     algorithm: str,
     bias: bool = True,
-) -> tuple[Program, Repairs]:
-    """The cheap repairs that lower the noise of the outputs, and the program with its channels rescaled as they say.
+) -> ChosenRepairs:
+    """The cheap repairs that lower the noise of the outputs.
 
     One after the other is tried with those that are kept already: made and calibrated on one half of the samples,
     measured on the other one. It is kept where it takes away 2 % of the noise at least. Nothing that learns is tried.
@@ -147,24 +218,25 @@ def best_repairs(
     fitted, held_out = _halves(program, first_samples(program, batches, 2 * REPAIR_SAMPLES))
     best = Repairs(bias=False)
     if not fitted:
-        return program, replace(best, bias=bias)
+        return ChosenRepairs(program=program, repairs=replace(best, bias=bias), noise={})
     trials = _Trials(program, plan, fitted, held_out, algorithm)
     noise = trials.noise(best)
-    told: dict[str, Json] = {"nothing": noise}
+    tried = {_NOTHING: noise}
     narrow = any(weight.scheme.bits <= NARROW_BITS for weight in plan.weights)
     candidates = [*(["bias"] if bias else []), *_RESCALING, *(["weights", "reach"] if narrow else [])]
     for name in candidates:
         wanted: dict[str, Any] = {name: True}
-        tried = replace(best, **wanted)
-        if name in _RESCALING and not trials.differ(best, tried):
+        more = replace(best, **wanted)
+        if name in _RESCALING and not trials.differ(best, more):
             continue
-        told[name] = found = trials.noise(tried)
+        tried[name] = found = trials.noise(more)
         if found < (1 - _LEAST_GAIN) * noise:
-            best, noise = tried, found
+            best, noise = more, found
         trials.forget_all_but(best)
-    kept: list[Json] = [name for name in told if name != "nothing" and getattr(best, name)]
+    kept: list[Json] = [name for name in tried if name != _NOTHING and getattr(best, name)]
+    told: dict[str, Json] = {**tried}
     entry = HistoryEntry(step="choose_repairs", parameters={"kept": kept}, result={"noise": told})
-    return trials.rescaled(best).with_history(entry), best
+    return ChosenRepairs(program=trials.rescaled(best).with_history(entry), repairs=best, noise=tried)
 
 
 def _halves(program: Program, batches: _Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

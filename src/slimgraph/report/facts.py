@@ -79,9 +79,24 @@ class SparedLayer:
     bits: int | None
     """None: it is in float."""
     noise_share: float
-    """Its part in the noise that all quantizers together bring into the outputs."""
+    """The part that is gone with it of the noise that all quantizers together bring into the outputs."""
     lost_us: float | None
     """Microseconds of a call by which the layer is slower than in integers, as measured before; None: not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Something that was tried so that less is lost, and what it gave."""
+
+    kind: Literal["ranges", "repairs", "layers"]
+    what: str
+    """The algorithm of ranges; a repair, beside those kept before it, or all that were kept; bits of layers."""
+    noise: float | None
+    """Of the outputs on calibration samples, as a part of their energy; None: not measured."""
+    drop: float | None
+    """Of the metric; None: not measured, since the noise did not speak for it."""
+    kept: bool
+    """Whether the result has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +112,17 @@ class AccuracyControl:
     algorithm_before: str
     algorithm: str
     """What chose the ranges in the end."""
+    repairs_before: tuple[str, ...]
+    repairs: tuple[str, ...]
+    """Those that were made in the end."""
     spared: tuple[SparedLayer, ...]
     """The costliest for the metric first."""
     layers: int
-    """How many could have been spared."""
-    trials: int
-    """How often the metric was measured."""
+    """How many could have been spared; 0 where it did not come to that."""
+    attempts: tuple[Attempt, ...]
+    """In the order in which they were made: what costs the result nothing comes first."""
+
+    @property
+    def trials(self) -> int:
+        """How often the metric was measured."""
+        return len([attempt for attempt in self.attempts if attempt.drop is not None])

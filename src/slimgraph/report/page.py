@@ -11,7 +11,15 @@ from slimgraph.files import output_directory, write_text
 from slimgraph.report import words
 from slimgraph.report.content import Report, ValueHistogram, to_json, worst_first
 from slimgraph.report.facts import IntegerKernels, MetricResult, ModelFacts
-from slimgraph.report.headline import change_text, conditions_text, size_text, speed_text, title_text, value_text
+from slimgraph.report.headline import (
+    change_text,
+    conditions_text,
+    difference_text,
+    size_text,
+    speed_text,
+    title_text,
+    value_text,
+)
 from slimgraph.report.html import render
 from slimgraph.report.plots import accuracy_latency, draw_accuracy_latency, draw_range_histogram, range_histogram
 
@@ -149,6 +157,7 @@ def render_page(report: Report) -> str:
         size_change=size_text(report.original, report.compressed),
         speed_change=None if report.latency is None else speed_text(report.latency),
         title=title_text,
+        difference=difference_text,
         value=value_text,
         plane=_plane(report),
         histograms=[(histogram, _range(index, histogram)) for index, histogram in enumerate(report.histograms)],
