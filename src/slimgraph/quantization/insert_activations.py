@@ -159,12 +159,23 @@ class _Insertion:
                 kind = "moving_average_abs_max" if planned.scheme.symmetric else "moving_average_min_max"
             first = self._range_of(owner) if self.options.warm else None
             interval = self.writer.following(kind, owner, read, first, bounds)
+            if first is not None and kind != "moving_average_min_max" and not planned.scheme.symmetric:
+                interval = self._parted(interval, owner, first)
         if alpha is not None:
             lowest = self.writer.behind(interval, aten.neg.default, (alpha,), f"{owner}/lowest")
             args = (interval, lowest, alpha)
             interval = self.writer.behind(lowest, aten.clamp.Tensor, args, f"{owner}/clipped_range")
         self.intervals[owner] = interval
         return interval
+
+    def _parted(self, interval: fx.Node, owner: str, first: tuple[float, float]) -> fx.Node:
+        """An interval around zero, cut on each side to the part of it that a range begins with.
+
+        A magnitude alone says nothing of the sides: on an asymmetric grid up to half of the codes would stand idle.
+        """
+        ends = torch.tensor([max(-first[0], 0.0), max(first[1], 0.0)])
+        part = self.writer.read(f"{owner}.part", ends / ends.amax() if ends.any() else torch.ones(2))
+        return self.writer.behind(interval, aten.mul.Tensor, (interval, part), f"{owner}/parted_range")
 
     def _range_of(self, owner: str) -> tuple[float, float]:
         if owner not in self.plan.ranges:

@@ -42,8 +42,9 @@ def insert(
         weight_quantize_type: how the range of a weight is found. "channel_wise_abs_max" and the learned ones have the
             plan's granularity, the others one range for the tensor.
         activation_quantize_type: "moving_average" is "moving_average_abs_max" on symmetric grids; on others it averages
-            the lowest and the highest value. "abs_max" and "range_abs_max" hold for what layers with weights read; what
-            only other operators read has a moving average, as in the documents.
+            the lowest and the highest value. Where the others follow a magnitude on such grids, each side keeps the
+            part of it that the plan's range has there; cold, both have all of it. "abs_max" and "range_abs_max" hold
+            for what layers with weights read; what only other operators read has a moving average, as in the documents.
         window_size: steps that "range_abs_max" looks back.
         moving_rate: of the moving averages.
         pact: clip values to learned levels.

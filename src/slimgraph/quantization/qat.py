@@ -38,8 +38,7 @@ def prepare_qat(
     Batch norms and dropout are alive in it. It is trained like any program; `freeze_statistics_` and `freeze_ranges_`
     still what should be still late in training, and `freeze` gives what `apply_quantization` takes, at any time.
 
-    That it begins at the accuracy of post-training quantization holds for ranges that the recurrences can hold: all on
-    symmetric grids, and those of "moving_average" and the learned ones on others. "abs_max" takes its own.
+    With "abs_max", which takes the range of every tensor anew, that is the quantization with dynamic ranges.
 
     Args:
         program: the float program, batch norms not folded; it stays as it is.
