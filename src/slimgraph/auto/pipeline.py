@@ -217,7 +217,7 @@ def compress(
         if widths.are_choices:
             mixed = widths.chosen(quantized, files, how, say)
             given = (batch.inputs for batch in calibration)
-            # What "auto" has tried were the widest of the bits, and those of 4 that are among the chosen need more.
+            # "auto" has tried the widest of the bits; narrow ones among the chosen need their reach as well.
             made = replace(quantized.repairs, reach=True) if wanted == AUTO else quantized.repairs
             quantized = quantize_again(quantized, replan(mixed), given, repairs=made)
         judged = files.write(quantized.program, how, say)
