@@ -1,7 +1,9 @@
 """Remove what a plan removes: smaller tensors, and the sizes that the graph has in its arguments."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -111,7 +113,7 @@ def _result_sizes(kept: Kept, node: fx.Node) -> list[int]:
 
 
 def _sizes(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
-    """Literal sizes of a result; those that are computed, or -1, stay."""
+    """Sizes of a result; -1 stays, and so does what is computed, unless a factor of it is pruned."""
     given = edit.arguments(node)
     name = "size" if "size" in given else "shape" if "shape" in given else "sizes"
     old: list[Any] = list(given[name])
@@ -119,11 +121,32 @@ def _sizes(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     if name == "sizes" and "dim" in given:  # unflatten: only the axes that it makes
         start = int(given["dim"]) % (len(sizes) - len(old) + 1)
         sizes = sizes[start : start + len(old)]
-    new = [
-        size if isinstance(given_size, int) and given_size != -1 else now
-        for size, given_size, now in zip(sizes, old, list(edit.arguments(twin)[name]), strict=True)
-    ]
+    new: list[Any] = list(edit.arguments(twin)[name])
+    for place, (size, given_size) in enumerate(zip(sizes, old, strict=True)):
+        if isinstance(given_size, fx.Node):
+            new[place] = _scaled(twin, new[place], Fraction(size, _number(kept, given_size)))
+        elif given_size != -1:
+            new[place] = size
     _set(twin, name, new)
+
+
+def _number(kept: Kept, operand: Any) -> Any:
+    """What is computed of sizes, when it reads those that stay."""
+    if not isinstance(operand, fx.Node):
+        return operand
+    if operand.target is aten.sym_size.int:
+        source, axis = operand.args
+        return kept.count(kept.traced.of(source)[axis])  # type: ignore[arg-type, index]
+    return operand.target(*(_number(kept, argument) for argument in operand.args))  # type: ignore[operator]
+
+
+def _scaled(twin: fx.Node, computed: fx.Node, part: Fraction) -> fx.Node:
+    """A size that is computed, as the batch times the heads, when only a part of one factor stays."""
+    if part == 1:
+        return computed
+    with twin.graph.inserting_before(twin):
+        times = twin.graph.call_function(operator.mul, (computed, part.numerator))
+        return twin.graph.call_function(operator.floordiv, (times, part.denominator))
 
 
 def _pieces(kept: Kept, node: fx.Node, twin: fx.Node) -> None:

@@ -30,7 +30,7 @@ _READERS = frozenset(
 
 
 def sums_over_axes(node: fx.Node) -> bool:
-    """Whether an operator sums over an axis of what it reads, so that an index that is zero there is as good as gone."""
+    """Whether an operator sums over an axis of what it reads, so that an index of zeros there is as good as gone."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.name.partition("::")[2] in _READERS
 
@@ -125,12 +125,11 @@ class _Masked(fx.Interpreter):
 
     def _norm(self, n: fx.Node) -> Any:
         """The norm of the kept indices, put back in their places; whatever stands at the others is masked later."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         operand: Any = n.args[0]
         masks = self._kept.masks(self._originals[operand])
         if all(bool(keep.all()) for keep in masks):
-            return n.target(*args, **kwargs)  # type: ignore[operator]
-        given = dict(zip((a.name for a in n.target._schema.arguments), args, strict=False)) | kwargs  # type: ignore[union-attr]
+            return super().run_node(n)
+        given: Any = fx.map_arg(edit.arguments(n), self.env.__getitem__)
         x = given["input"]
         # The batch was traced with another size; nothing of it is removed.
         stays = [
