@@ -127,23 +127,39 @@ def count_removed(size: int, ratio: float, multiple_of: int = 1, floor: float = 
 
 
 def removed_by_ratios(
-    groups: Groups, scores: Mapping[str, Tensor], ratios: Mapping[str, float], *, multiple_of: int = 1
+    groups: Groups,
+    scores: Mapping[str, Tensor],
+    ratios: Mapping[str, float],
+    *,
+    skip: Sequence[str] = (),
+    multiple_of: int = 1,
 ) -> dict[str, tuple[int, ...]]:
     """The indices with the lowest scores, as many as ratios say.
 
     Args:
         ratios: the part of the indices that goes, by pattern, as `matching` takes it; 0 keeps a group whole.
+        skip: patterns of layers that keep all their outputs, whatever else selects them too.
     Raises:
-        ConfigError: a ratio is not in [0, 1), or two patterns select a group and want different ratios.
+        ConfigError: a ratio is not in [0, 1), two patterns select a group and want different ratios, or nothing can go
+            of what a pattern selects.
         UnknownNameError: a pattern selects nothing.
     """
     wanted: dict[str, tuple[str, float]] = {}
+    free = {group.name for group in without(groups, skip)}
     for pattern, ratio in ratios.items():
         if not 0 <= ratio < 1:
             raise ConfigError(
                 f"The ratio of {pattern!r} is {ratio}; give the part of the indices that goes, in [0, 1)."
             )
-        for group in matching(groups, pattern):
+        selected = matching(groups, pattern)
+        chosen = [group for group in selected if group.name in free]
+        if ratio and not chosen:
+            reason = f"{', '.join(map(repr, skip))} protect it" if selected else "something behind it needs all of it"
+            raise ConfigError(
+                f"{pattern!r} has the ratio {ratio}, but what it makes stays whole: {reason}. Leave it out; "
+                "`slimgraph groups MODEL` lists what can be pruned."
+            )
+        for group in chosen:
             before = wanted.setdefault(group.name, (pattern, ratio))
             if before[1] != ratio:
                 raise ConfigError(

@@ -62,7 +62,9 @@ def plan_pruning(
     free = dataclasses.replace(found, groups=without(found, skip))
     scores = score_groups(program, free, criterion, data=data, loss=loss, seed=seed, master=master)
     if ratios is not None:
-        removed: Mapping[str, tuple[int, ...]] = removed_by_ratios(free, scores, ratios, multiple_of=multiple_of)
+        removed: Mapping[str, tuple[int, ...]] = removed_by_ratios(
+            found, scores, ratios, skip=skip, multiple_of=multiple_of
+        )
     else:
         assert flops_removed is not None
         removed = allocate(
