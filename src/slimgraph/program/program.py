@@ -118,11 +118,7 @@ class Program(nn.Module):
             outputs = self.graph_module(*inputs)
         except IndexError as error:  # a row that a table has not got, asked for by the contents of the inputs
             raise DataError(f"The program cannot be run on {_described(inputs, self.signature)}: {error}.") from error
-        if self.signature.output_form == "tensor":
-            return outputs[0]  # type: ignore[no-any-return]
-        if self.signature.output_form == "dict":
-            return {spec.name: output for spec, output in zip(self.signature.outputs, outputs, strict=True)}
-        return tuple(outputs)
+        return self.signature.formed(outputs)
 
     def _ordered(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
         names = [spec.name for spec in self.signature.inputs]

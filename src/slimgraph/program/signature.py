@@ -91,6 +91,14 @@ class Signature:
         inputs, outputs = tuple(map(converted, self.inputs)), tuple(map(converted, self.outputs))
         return replace(self, inputs=inputs, outputs=outputs)
 
+    def formed(self, outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+        """Outputs in the form in which a call returns them."""
+        if self.output_form == "tensor":
+            return outputs[0]
+        if self.output_form == "dict":
+            return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
+        return tuple(outputs)
+
     def bind(self, batch: Any, *, where: str = "The batch") -> dict[str, Tensor]:
         """Tensors of `batch` by input name, checked against the specs.
 
