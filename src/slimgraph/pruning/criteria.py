@@ -97,8 +97,8 @@ def score_groups(
         data: for "taylor" and "fisher": what `open_data` takes, or batches; with labels where the loss wants them.
         loss: for these two: a name in `slimgraph.training.losses.LOSSES`, or a function of outputs and `Batch`.
         seed: for "random", and for the signs.
-        master: not for "fisher", which sees no tensors: only the tensor decides after which the group is named, as PaddleSlim has it; the mean of a group is
-            then that of this tensor.
+        master: only the tensor decides after which the group is named, as PaddleSlim has it; the mean of a group is
+            then that of this tensor. Not for "fisher", which reads no weights.
     Raises:
         UnknownNameError: there is no such criterion.
         ConfigError: "taylor" or "fisher" without data, a loss for any other, or scores that are none.
@@ -111,12 +111,20 @@ def score_groups(
         raise ConfigError(f"The criterion {criterion} reads gradients; give data=, a few batches of real inputs.")
     if criterion == "fisher":
         assert data is not None
-        return fisher(program, groups, batches_of(data, program.signature), loss=None if loss is None else find_loss(loss), seed=seed)
+        return fisher(
+            program,
+            groups,
+            batches_of(data, program.signature),
+            loss=None if loss is None else find_loss(loss),
+            seed=seed,
+        )
     if criterion == "taylor":
         assert data is not None
         return _taylor(program, groups, data, loss, seed=seed, master=master)
     if loss is not None:
-        raise ConfigError(f"A loss was given, but the criterion {_told(criterion)} has no use for one; taylor and fisher have.")
+        raise ConfigError(
+            f"A loss was given, but the criterion {_told(criterion)} has no use for one; taylor and fisher have."
+        )
     measure: Criterion
     if criterion == "bn_scale":
         measure = partial(_bn_scale, _batch_norm_scales(program))
