@@ -6,11 +6,15 @@ import platform
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from onnx_models import Graph, float_conv, integer_conv
 from slimgraph.deploy.kernels import FLOAT_KERNELS, INTEGER_KERNELS, FloatLayer, count_kernels
+from slimgraph.deploy.onnx import export_onnx
 from slimgraph.errors import ModelLoadError
+from slimgraph.program.capture import capture
+from slimgraph.quantization.quantize import quantize
 
 IMAGE = ("batch", 16, 8, 8)
 
@@ -411,3 +415,14 @@ def test_integer_activations_with_a_sign_fail_behind_a_reshape_at_opset_21():
     graph = Graph(activation=np.int8)
     with pytest.raises(ModelLoadError, match="output_dtype INT8 does not match"):
         count_kernels(graph.bytes(_reshaped_gemm(graph)))
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_quantized_linear_layers_are_integer_kernels_whatever_the_number_of_axes(axes, tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+    x = torch.randn((4, 3, 2, 16)[4 - axes :])
+    quantized = quantize(capture(module, x[:1]), calibration=[x])
+    export_onnx(quantized, tmp_path / "model.onnx")
+    count = count_kernels(tmp_path / "model.onnx")
+    assert count.kernels["QGemm"] == 2
+    assert count.float_layers == ()

@@ -27,8 +27,10 @@ def hold_weights_in_integers(model: ir.Model) -> None:
 
 
 def _reads_codes(value: ir.Value | None) -> bool:
-    """Whether an activation was quantized: the product then has a kernel of its own."""
+    """Whether an activation was quantized, before it was flattened maybe: the product then has a kernel of its own."""
     node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Reshape":
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
     return node is not None and node.op_type == "DequantizeLinear"
 
 
