@@ -113,7 +113,8 @@ class Folded(nn.Module):
         x = self.conv(x).flatten(2).transpose(1, 2)
         batch, tokens, _ = x.shape
         q, k, v = (
-            part.reshape(batch, tokens, 4, 2).transpose(1, 2).reshape(-1, tokens, 2) for part in self.qkv(x).chunk(3, -1)
+            part.reshape(batch, tokens, 4, 2).transpose(1, 2).reshape(-1, tokens, 2)
+            for part in self.qkv(x).chunk(3, -1)
         )
         mixed = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
         return self.out(mixed.reshape(batch, 4, tokens, 2).transpose(1, 2).reshape(batch, tokens, 8)).tanh()
@@ -213,5 +214,7 @@ def test_a_program_without_a_free_batch_counts_as_one_sample():
 
     program = capture(Fixed().eval(), X)
     assert program.signature.batch_axis is None
-    found = only(score_groups(program, find_groups(program), "fisher", data=[X], loss=lambda outputs, _: outputs.mean()))
+    found = only(
+        score_groups(program, find_groups(program), "fisher", data=[X], loss=lambda outputs, _: outputs.mean())
+    )
     torch.testing.assert_close(found, THROUGH.sum(dim=0).double().square() / 2)
