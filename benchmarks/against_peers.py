@@ -1,8 +1,11 @@
 """Int8 by slimgraph and by other tools, same images, same judge: accuracy, latency, kernels, time, memory.
 
 `make bench-peers` sets up an environment for each tool and runs this.
+
+Usage: python benchmarks/against_peers.py [network …] [--subsets 5]
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -64,7 +67,6 @@ PEERS = (
     ),
     Tool(title="torchao pt2e", python=_environment("torchao"), script=("torchao_pt2e.py",), source="exported.pt2"),
 )
-SUBSETS = 5
 
 
 def _quantized(tool: Tool, folder: Path, target: Path, images: Path) -> dict[str, float] | None:
@@ -78,14 +80,14 @@ def _quantized(tool: Tool, folder: Path, target: Path, images: Path) -> dict[str
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _rows(network: Network, folder: Path) -> list[list[str]]:
+def _rows(network: Network, folder: Path, count: int) -> list[list[str]]:
     program = network.program()
     export_onnx(program, folder / "float.onnx")
     save_program(program, folder / "float.pt2")
     torch.export.save(reexport(program), folder / "exported.pt2")
     judged = network.evaluation_batches(program)
     before = evaluate(OnnxModel.open(folder / "float.onnx", threads=2), judged)
-    images = _subsets(network, program, folder)
+    images = _subsets(network, program, folder, count)
     found: dict[str, list[Evaluation]] = {}
     rows: dict[str, list[str]] = {}
     for tool in (SLIMGRAPH, *PEERS):
@@ -113,12 +115,12 @@ def _rows(network: Network, folder: Path) -> list[list[str]]:
     ]
 
 
-def _subsets(network: Network, program: object, folder: Path) -> list[Path]:
+def _subsets(network: Network, program: object, folder: Path, count: int) -> list[Path]:
     """Calibration images, 256 a file: different ones for each."""
     pack, _, _ = network.calibration.partition("[")
     step = 256 if pack.startswith("cifar") else 48  # the pack of ImageNet has 256 images for calibration only
     files = []
-    for index in range(SUBSETS):
+    for index in range(count):
         spec = f"{pack}[{index * step}:{index * step + 256}]" if step == 256 else network.calibration
         array = np.concatenate([next(iter(b.inputs.values())).numpy() for b in network.open(program, spec)])
         if step != 256 and index:  # other halves of the same images
@@ -141,11 +143,15 @@ def _accuracy(before: Evaluation, found: list[Evaluation], ours: list[Evaluation
 
 def main() -> None:
     """Print the table; arguments choose networks by the start of their title."""
-    chosen = [n for n in NETWORKS if not sys.argv[1:] or any(n.title.startswith(a) for a in sys.argv[1:])]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", help="starts of their titles; all by default")
+    parser.add_argument("--subsets", type=int, default=5, help="sets of calibration images")
+    given = parser.parse_args()
+    chosen = [n for n in NETWORKS if not given.networks or any(map(n.title.startswith, given.networks))]
     rows = []
     for network in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            rows += _rows(network, Path(folder))
+            rows += _rows(network, Path(folder), given.subsets)
     print_table(
         "Int8 by slimgraph and by others",
         "make bench-peers",
