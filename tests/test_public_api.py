@@ -36,6 +36,7 @@ PUBLIC = [
     "prune",
     "quantize",
     "save",
+    "sparsify",
     "train_quantized",
 ]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slimgraph.program.capture import capture
     from slimgraph.program.program import Program
     from slimgraph.pruning.prune import prune
+    from slimgraph.pruning.sparsify import sparsify
     from slimgraph.quantization.aware_training import train_quantized
     from slimgraph.quantization.quantize import quantize
     from slimgraph.training.evaluate import evaluate
@@ -58,6 +59,7 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "sparsify",
     "train_quantized",
 ]
 
@@ -87,6 +89,7 @@ _HOMES = {
     "prune": "slimgraph.pruning.prune",
     "quantize": "slimgraph.quantization.quantize",
     "save": "slimgraph.formats",
+    "sparsify": "slimgraph.pruning.sparsify",
     "train_quantized": "slimgraph.quantization.aware_training",
 }
 

@@ -30,6 +30,7 @@ from slimgraph.training.evaluate import Evaluation
 from slimgraph.training.evaluate import evaluate as evaluate_on
 from slimgraph.training.loop import Hook, Run, fit, require_length
 from slimgraph.training.losses import Loss, find_loss, imitate
+from slimgraph.training.masks import KeepMasks, masks_of_zeros
 from slimgraph.training.metrics import Metric
 from slimgraph.training.optim import Groups, ScheduleSpec, make_optimizer, make_schedule
 from slimgraph.training.processes import MixedPrecision
@@ -102,6 +103,7 @@ def train_quantized(
     clip: float | None = None,
     accumulate: int = 1,
     mixed_precision: MixedPrecision = "no",
+    sparse_model: bool = False,
     hooks: Sequence[Hook] = (),
     best_path: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -132,6 +134,7 @@ def train_quantized(
         freeze_ranges_at, freeze_statistics_at: the part of the training after which ranges, and the statistics of batch
             norms, stay as they are; None never.
         clip, accumulate, mixed_precision, best_path, seed, progress: as for `fit`; the file is of the rounded program.
+        sparse_model: let zeros of the weights stay zeros, as in a program that was made sparse.
         hooks: as for `fit`: `freeze(run.program)` gives at any time what `apply_quantization` takes, and training goes
             on.
     Raises:
@@ -149,6 +152,7 @@ def train_quantized(
     groups = _groups(optimizer, pact)
     make_schedule(schedule, make_optimizer(optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], {}), steps or 1)
     late = FreezeLate(ranges_at=freeze_ranges_at, statistics_at=freeze_statistics_at)
+    kept = [KeepMasks(masks_of_zeros(program))] if sparse_model else []
     given = _Given(program, data)
     loss_of = _usual_loss(program, given) if loss is None else find_loss(loss)
     judged_by, judge = _judge(given, evaluate, metric, loss_of)
@@ -192,7 +196,7 @@ def train_quantized(
         schedule=schedule,
         evaluate=lambda trained: judge(_deployed(trained)),
         evaluate_every=evaluate_every,
-        hooks=[late, *hooks],
+        hooks=[late, *kept, *hooks],
         clip=clip,
         accumulate=accumulate,
         mixed_precision=mixed_precision,
