@@ -106,13 +106,13 @@ def main() -> None:
             print(f"{name:32} is not a program: {type(error).__name__}: {str(error)[:200]}", flush=True)
             continue
         runs: list[Run] = []
-        for norm_axes in (False, True):
+        has_norms = any(group.normed for group in find_groups(program, norm_axes=True).groups)
+        for norm_axes in (False, True) if has_norms else (False,):
             try:
-                if runs and not any(group.normed for group in find_groups(program, norm_axes=True).groups):
-                    continue  # no norm, and nothing new
-                run = prune_half(name, program, norm_axes=norm_axes, export=arguments.export)
+                export = arguments.export and norm_axes == has_norms  # of two, the one of which more goes
+                run = prune_half(name, program, norm_axes=norm_axes, export=export)
             except Exception as error:  # a race counts whatever goes wrong
-                run = Run(name=name, failure=f"{type(error).__name__}: {str(error)[:300]}")
+                run = Run(name=name, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             runs.append(run)
             notes = run.failure or ("" if run.passed else "DIFFERS")
             notes += f" no rule: {', '.join(run.unknown)}" if run.unknown else ""
