@@ -17,7 +17,7 @@ from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_narrow import pack_narrow_codes
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
-from slimgraph.deploy.onnx_registry import listed_once
+from slimgraph.deploy.onnx_shortcuts import decompose_if_needed, listed_once
 from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.deploy.onnx_translations import TRANSLATIONS
 from slimgraph.deploy.onnx_weights import hold_weights_in_integers
@@ -66,7 +66,7 @@ def export_onnx(
         ExportError: an operator of the program has no ONNX form, or the tail none beside it.
         OutputError: the file cannot be written; an older one stays whole.
     """
-    model = to_onnx(program, precision=precision, with_tail=with_tail)
+    model = to_onnx(program, precision=precision, with_tail=with_tail, weight_kernels=not float_codes)
     if float_codes:
         hold_codes_in_float(model)
     if narrow_codes:
@@ -117,8 +117,15 @@ def _point_to(path: Path, old: str, new: str) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = True) -> ir.Model:
-    """The program as an ONNX model in memory; see `export_onnx`."""
+def to_onnx(
+    program: Program, *, precision: str = "float32", with_tail: bool = True, weight_kernels: bool = True
+) -> ir.Model:
+    """The program as an ONNX model in memory; see `export_onnx`.
+
+    Args:
+        weight_kernels: False leaves the integer weights of float operators as they are in the program, and not as ONNX
+            Runtime has kernels for them.
+    """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
     prepared = prepare_for_onnx(program)
@@ -126,6 +133,7 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
         prepared = cast(prepared, PRECISIONS[precision])
     exported = reexport(prepared)
     carry_names(exported)
+    decompose_if_needed(exported)
     opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
     with _quiet(), listed_once():
         try:
@@ -144,7 +152,8 @@ def to_onnx(program: Program, *, precision: str = "float32", with_tail: bool = T
     name_values(model, prepared.signature)
     merge_pads(model)
     quantize_at_inference(model)
-    hold_weights_in_integers(model)
+    if weight_kernels:
+        hold_weights_in_integers(model)
     keep_float_layers(model)
     clean_up(model)
     if with_tail and program.tail is not None:

@@ -1,7 +1,9 @@
-"""The operators that the exporter knows, listed without the second that it takes onnxscript to list them.
+"""What `torch.onnx.export` does at length for nothing, left out: more than half the time of an export.
 
-`torch.onnx.export` asks for the list anew for each model. onnxscript 0.7 parses the source of all 500 functions for it,
-to tell the domain of each, which PyTorch 2.13 does not read.
+It asks for the list of operators that it knows anew for each model. onnxscript 0.7 parses the source of all 500
+functions for it, to tell the domain of each, which PyTorch 2.13 does not read.
+
+And it traces each program once more to decompose operators that it does not know, also where it knows them all.
 """
 
 import contextlib
@@ -10,6 +12,8 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +63,20 @@ def _asked() -> dict[str, Any] | None:
     except (ImportError, AttributeError, TypeError):
         return None
     return attributes
+
+
+def decompose_if_needed(exported: torch.export.ExportedProgram) -> None:
+    """Let an exported program answer `run_decompositions` with itself where no operator of it has to be decomposed."""
+    decompose = exported.run_decompositions
+
+    def run_decompositions(table: dict[Any, Any], *others: Any) -> torch.export.ExportedProgram:
+        called = (node.target for node in exported.graph.nodes if node.op == "call_function")
+        return exported if all(_stays(target, table) for target in called) else decompose(table, *others)
+
+    vars(exported)["run_decompositions"] = run_decompositions
+
+
+def _stays(target: Any, table: dict[Any, Any]) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target not in table and not target._schema.is_mutable
+    return getattr(target, "__module__", "") in ("_operator", "math")  # arithmetic on sizes
