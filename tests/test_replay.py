@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 from slimgraph.errors import UnknownNameError
 from slimgraph.program.capture import capture
-from slimgraph.program.replay import replay
+from slimgraph.program.replay import Variant, _Resumable, replay, replay_variants
 
 
 class Branching(nn.Module):
@@ -58,12 +58,35 @@ def test_each_alternative_gives_what_the_whole_program_gives_with_that_value(pro
 
 def test_what_stands_before_a_value_runs_once(program, monkeypatch):
     ran = []
-    plain = fx.Interpreter.run_node
-    monkeypatch.setattr(fx.Interpreter, "run_node", lambda self, n: ran.append(n.name) or plain(self, n))
+    plain = _Resumable.compute
+    monkeypatch.setattr(_Resumable, "compute", lambda self, n, *given: ran.append(n.name) or plain(self, n, *given))
     list(replay(program, {"x": torch.randn(1, 4)}, {"third": [doubled, zero, doubled]}))
-    operators = [node.name for node in program.graph.nodes if node.op == "call_function"]
-    assert [ran.count(name) for name in operators] == [1] * len(operators)
-    assert ran.count("output") == 4
+    *before, third = [node.name for node in program.graph.nodes if node.op == "call_function"]
+    assert [ran.count(name) for name in before] == [1] * len(before)
+    assert ran.count(third) == ran.count("output") == 4
+
+
+def test_what_changes_nothing_is_not_run(program, monkeypatch):
+    ran = []
+    plain = _Resumable.compute
+    monkeypatch.setattr(_Resumable, "compute", lambda self, n, *given: ran.append(n.name) or plain(self, n, *given))
+    x = torch.randn(2, 4)
+    same, other = lambda node, args, kwargs: node.target(*args, **kwargs), doubled
+    found = list(replay(program, {"x": x}, {"first": [same, other]}))
+    assert [(one.value, one.choice) for one in found] == [("first", 1), ("first", 0), ("", 0)]
+    assert torch.equal(found[1].outputs[0], program(x))
+    assert ran.count("output") == 2
+
+
+def test_several_places_may_be_other_at_once(program):
+    x = torch.randn(5, 4)
+    second, third = program.value("second"), program.value("third")
+    instead = {second: zero, third: doubled}
+    (_, outputs), _ = replay_variants(program, {"x": x}, [Variant(start=second, instead=instead)])
+    parts = {name: program.get_submodule(f"graph_module.{name}") for name in ("first", "third")}
+    left = nn.functional.linear(x, parts["first"].weight, parts["first"].bias)
+    wanted = 2 * nn.functional.linear(left, parts["third"].weight, parts["third"].bias)
+    torch.testing.assert_close(outputs[0], wanted)
 
 
 def test_a_name_that_is_no_value_is_answered_with_the_closest(program):

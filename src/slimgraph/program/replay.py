@@ -2,9 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx
 
 from slimgraph.program.program import Program
@@ -21,8 +22,6 @@ class Variant:
     """The first node that gives another result."""
     instead: Mapping[fx.Node, Instead]
     """How nodes are computed otherwise, `start` and whatever stands behind it."""
-    before: Mapping[fx.Node, Callable[[Any], Any]] = field(default_factory=dict)
-    """What becomes of results of nodes before `start`, where this is read by nodes from there on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +65,30 @@ def replay_variants(
 ) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
     """The outputs of each variant with its index, in the order in which they begin; those of the program in the end.
 
-    What stands before the start of a variant is computed once for all of them; as `replay`.
+    What stands before the start of a variant is computed once for all of them; as `replay`. A variant that differs at
+    one node, and not even there for these inputs, is not run: it gives what the program gives, right before that.
     """
     starting: dict[fx.Node, list[int]] = defaultdict(list)
     for index, variant in enumerate(variants):
         starting[variant.start].append(index)
+    unchanged: list[int] = []
     run = _Resumable(program.graph_module, [tensor.to(program.device) for tensor in inputs.values()])
     for position, node in enumerate(run.nodes):
+        plain = run.compute(node)
         for index in starting.get(node, ()):
-            yield index, run.branch(position, variants[index])
-        run.step(node)
+            result = run.compute(node, variants[index].instead[node])
+            if len(variants[index].instead) == 1 and _same(result, plain):
+                unchanged.append(index)
+            else:
+                yield index, run.branch(position, result, variants[index])
+        run.keep(node, plain)
+    for index in unchanged:
+        yield index, tuple(run.returned)
     yield None, tuple(run.returned)
+
+
+def _same(result: Any, plain: Any) -> bool:
+    return isinstance(result, Tensor) and isinstance(plain, Tensor) and torch.equal(result, plain)
 
 
 class _Resumable(fx.Interpreter):
@@ -95,27 +107,30 @@ class _Resumable(fx.Interpreter):
             return (self._inputs[node],), {}
         return self.fetch_args_kwargs_from_env(node)
 
-    def step(self, node: fx.Node, instead: Instead | None = None) -> None:
-        """Compute one node, and free what nothing behind it reads."""
-        if instead is not None:
-            result = instead(node, *self._arguments(node))
-        else:
-            result = self._inputs[node] if node.op == "placeholder" else self.run_node(node)
+    def compute(self, node: fx.Node, instead: Instead | None = None) -> Any:
+        """The result of one node."""
+        if node.op == "call_function" or instead is not None:
+            # Not by `run_node`, whose bookkeeping takes as long as a small operator.
+            args, kwargs = self._arguments(node)
+            return node.target(*args, **kwargs) if instead is None else instead(node, args, kwargs)  # type: ignore[operator]
+        return self._inputs[node] if node.op == "placeholder" else self.run_node(node)
+
+    def keep(self, node: fx.Node, result: Any) -> None:
+        """Take a result, and free what nothing behind it reads."""
         self.env[node] = result
         if node.op == "output":
             self.returned = result
         for used in self.user_to_last_uses.get(node, ()):
             del self.env[used]
 
-    def branch(self, position: int, variant: Variant) -> tuple[Tensor, ...]:
+    def branch(self, position: int, result: Any, variant: Variant) -> tuple[Tensor, ...]:
         """What the program returns if it is another from `position` on; this run stays where it is."""
         here = self.env
-        self.env = {
-            node: variant.before[node](value) if node in variant.before else value for node, value in here.items()
-        }
+        self.env = dict(here)
         try:
-            for node in self.nodes[position:]:
-                self.step(node, variant.instead.get(node))
+            self.keep(self.nodes[position], result)
+            for node in self.nodes[position + 1 :]:
+                self.keep(node, self.compute(node, variant.instead.get(node)))
             return tuple(self.returned)
         finally:
             self.env = here

@@ -2,6 +2,7 @@
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,8 +14,11 @@ from slimgraph.errors import ConfigError, UnknownNameError, closest
 from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, atoms, resolved, size_of
 from slimgraph.pruning.cost import Cost
 from slimgraph.pruning.groups import Group, Groups
+from slimgraph.pruning.sensitive import Losses, LossRule, largest_loss, ratios_at
 
-Strategy: TypeAlias = Literal["global", "uniform"]
+Strategy: TypeAlias = Literal["global", "uniform", "sensitive"]
+
+_STRATEGIES = ("global", "uniform", "sensitive")
 
 FLOOR = 0.1
 """The part of each group that a global ranking leaves at least, or a layer could become a bottleneck of one channel."""
@@ -188,6 +192,8 @@ def allocate(
     skip: Sequence[str] = (),
     multiple_of: int = 1,
     floor: float | None = None,
+    losses: Losses | None = None,
+    rule: LossRule = "interpolate",
     called: str = "FLOPs",
 ) -> Allocation:
     """The fewest indices whose removal takes at least the wanted part of a cost.
@@ -195,27 +201,39 @@ def allocate(
     Args:
         cost: as `Costs` counts it; removing more never costs more.
         wanted: the part of it that should go, in (0, 1).
-        strategy: "uniform" takes the same ratio of every group; "global" ranks the indices of all groups.
+        strategy: "uniform" takes the same ratio of every group; "global" ranks the indices of all groups; "sensitive"
+            takes of every group what costs the same loss.
         skip: patterns, as `matching` takes them, of layers that keep all their outputs.
         multiple_of: what the channels that stay are a multiple of.
-        floor: the part of each group that stays at least; None is `FLOOR` for a global ranking, 0 for a uniform one.
+        floor: the part of each group that stays at least; None is `FLOOR` for a global ranking, otherwise 0.
+        losses: for "sensitive": what is lost by group and ratio; groups without any stay whole.
+        rule: for "sensitive": how ratios follow from them, by `ratios_by_loss` or `ratios_by_cubic`.
         called: what the cost is called in messages.
     Raises:
-        ConfigError: the part is not in (0, 1), or cannot be reached; the message says what can.
+        ConfigError: the part is not in (0, 1), or cannot be reached; the message says what can. Or losses are missing,
+            or were given to a strategy that reads none.
         UnknownNameError: a pattern selects nothing.
     """
     if not 0 < wanted < 1:
         raise ConfigError(f"The part of the {called} to remove is {wanted}; give a number between 0 and 1.")
     if multiple_of < 1:
         raise ConfigError(f"multiple_of is {multiple_of}; give at least 1.")
-    if strategy not in ("global", "uniform"):
-        raise ConfigError(f"There is no allocation {strategy!r}. {closest(strategy, ['global', 'uniform'])}")
+    if strategy not in _STRATEGIES:
+        raise ConfigError(f"There is no allocation {strategy!r}. {closest(strategy, _STRATEGIES)}")
+    if (losses is not None) != (strategy == "sensitive"):
+        raise ConfigError(
+            f"The allocation {strategy!r} {'needs' if losses is None else 'has no use for'} sensitivities. "
+            "`slimgraph sensitivity` measures them, and the allocation sensitive goes by them."
+        )
     least = (FLOOR if strategy == "global" else 0.0) if floor is None else floor
     if not 0 <= least < 1:
         raise ConfigError(f"floor is {least}; give the part of each group that stays at least, in [0, 1).")
     free = without(groups, skip)
     multiples = {group.name: steps(groups, group, multiple_of) for group in free}
-    counts = _ranked(free, scores) if strategy == "global" else _alike(free)
+    if losses is not None:
+        counts = _equally_lossy(free, losses, rule)
+    else:
+        counts = _ranked(free, scores) if strategy == "global" else _alike(free)
     whole = cost({})
 
     def kept(level: int) -> dict[str, int]:
@@ -230,12 +248,13 @@ def allocate(
     high = counts.levels
     most = part(high)
     if most < wanted:
-        raise ConfigError(_unreachable(called, wanted, most, groups, free, skip, multiple_of, least))
+        tried = None if losses is None else max((max(points) for points in losses.values() if points), default=0.0)
+        raise ConfigError(_unreachable(called, wanted, most, groups, free, skip, multiple_of, least, tried))
     low = 0  # removes nothing
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if part(middle) >= wanted else (middle, high)
-    chosen = _finer(kept(low), kept(high), lambda counts: 1 - cost(counts) / whole >= wanted)
+    chosen = _finer(kept(low), kept(high), multiples, lambda counts: 1 - cost(counts) / whole >= wanted)
     removed = {
         group.name: lowest(scores[group.name], group.size - chosen[group.name])
         for group in free
@@ -244,14 +263,22 @@ def allocate(
     return Allocation(removed=removed, wanted=wanted, reached=1 - cost(chosen) / whole)
 
 
-def _finer(more: dict[str, int], fewer: dict[str, int], reached: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    """Between two levels several groups may change at once: as many of them as are needed, the first in order first."""
+def _finer(
+    more: dict[str, int],
+    fewer: dict[str, int],
+    multiples: Mapping[str, int],
+    reached: Callable[[dict[str, int]], bool],
+) -> dict[str, int]:
+    """Between two levels several groups may change at once, each by much: as many as are needed, the first in order
+    first, and of the last one as few indices as are needed."""
     chosen = dict(more)
     for name, count in fewer.items():
-        if chosen[name] != count:
+        if chosen[name] == count or not reached({**chosen, name: count}):
             chosen[name] = count
-            if reached(chosen):
-                break
+            continue
+        between = range(count, chosen[name], multiples[name])
+        enough = bisect_left(between, True, key=lambda kept: not reached({**chosen, name: kept}))
+        return {**chosen, name: between[enough - 1]}
     return chosen
 
 
@@ -269,6 +296,18 @@ _STEPS = 4096
 
 def _alike(free: Sequence[Group]) -> _Levels:
     return _Levels(_STEPS, lambda level: [level / _STEPS] * len(free))
+
+
+def _equally_lossy(free: Sequence[Group], losses: Losses, rule: LossRule) -> _Levels:
+    own = {group.name: losses[group.name] for group in free if losses.get(group.name)}
+    top = largest_loss(own)
+
+    def ratios(level: int) -> list[float]:
+        # The first level after the one that removes nothing is what goes without any loss.
+        found = ratios_at(own, top * (level - 1) / _STEPS, rule) if level else {}
+        return [found.get(group.name, 0.0) for group in free]
+
+    return _Levels(_STEPS + 1, ratios)
 
 
 def _ranked(free: Sequence[Group], scores: Mapping[str, Tensor]) -> _Levels:
@@ -293,6 +332,7 @@ def _unreachable(
     skip: Sequence[str],
     multiple_of: int,
     floor: float,
+    tried: float | None,
 ) -> str:
     bounds = [f"{len(free)} of {len(groups.groups)} groups may lose indices"]
     if skip:
@@ -303,6 +343,8 @@ def _unreachable(
         bounds.append(f"what stays is a multiple of {multiple_of}")
     if floor:
         bounds.append(f"{floor:.0%} of each group stay")
+    if tried is not None:
+        bounds.append(f"of no group goes more than was tried when its sensitivity was measured, at most {tried:.0%}")
     return (
         f"{wanted:.1%} of the {called} were to be removed, and at most {math.floor(most * 1000) / 10}% can be: "
         f"{'; '.join(bounds)}. Ask for less, or allow more."

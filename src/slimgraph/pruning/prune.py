@@ -1,19 +1,23 @@
 """Prune a program in one call: groups, scores, what goes, and the smaller program."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, closest
 from slimgraph.program.program import Program, require_program
 from slimgraph.pruning.allocate import Strategy, allocate, removed_by_ratios, without
 from slimgraph.pruning.apply import apply_pruning
 from slimgraph.pruning.batch_norm import reestimate_batch_norm
-from slimgraph.pruning.cost import Costs, Measure
+from slimgraph.pruning.cost import Cost, Costs, Measure
 from slimgraph.pruning.criteria import Criterion, score_groups
 from slimgraph.pruning.groups import Groups, find_groups
 from slimgraph.pruning.kept import plan_removal
 from slimgraph.pruning.plan import PruningPlan
+from slimgraph.pruning.sensitive import Losses, LossRule
+from slimgraph.pruning.sensitivity import Sensitivity, name_of
+from slimgraph.pruning.sensitivity_file import load_sensitivity, require_finished
 from slimgraph.training.losses import Loss
 
 MULTIPLE = 8
@@ -27,16 +31,19 @@ def plan_pruning(
     ratios: Mapping[str, float] | None = None,
     criterion: str | Criterion = "l2_norm",
     allocation: Strategy = "global",
-    by: Measure = "macs",
+    by: Measure | Literal["latency"] = "macs",
     data: str | Iterable[Any] | None = None,
     loss: str | Loss | None = None,
     skip: Sequence[str] = (),
     norm_axes: bool = False,
     multiple_of: int = 1,
     floor: float | None = None,
+    sensitivity: Sensitivity | str | os.PathLike[str] | None = None,
+    rule: LossRule = "interpolate",
     master: bool = False,
     seed: int = 0,
     groups: Groups | None = None,
+    threads: int = 1,
 ) -> PruningPlan:
     """What to remove from a program; the program is only read.
 
@@ -45,20 +52,27 @@ def plan_pruning(
         ratios: instead, the part of the indices that goes, by layer, parameter or pattern (`matching`).
         criterion, data, loss, master, seed: as `score_groups` has them.
         allocation, floor: as `allocate` has them.
-        by: what `flops_removed` is a part of: "macs" (as FLOPs), "parameters", or "memory", the bytes of the weights.
+        sensitivity: for the allocation "sensitive": what `measure_sensitivity` gave, or its file; of this very program,
+            measured with the same criterion.
+        rule: for it: "interpolate" between the points that were measured, or "cubic", a curve through them.
+        by: what `flops_removed` is a part of: "macs" (as FLOPs), "parameters", "memory", the bytes of the weights, or
+            "latency" in ONNX Runtime, which is measured some dozen times, at a second or two each.
         skip: layers that keep all their outputs: names, parameters, globs or `re:…`.
         norm_axes: also channels that a layer or group norm runs over.
         multiple_of: what the channels that stay are a multiple of; 1 keeps ratios exactly.
         groups: of this very program, where they are at hand.
+        threads: with which latency is measured.
     Raises:
         ConfigError: both or none of `flops_removed` and `ratios`, one that is out of range, or cannot be reached.
         UnknownNameError: no such layer or criterion.
         ProgramError: the program is none, or has nothing that the criterion can judge.
+        DataError: the sensitivities are of another program, or not whole.
     """
     require_program(program)
     if (flops_removed is None) == (ratios is None):
         raise ConfigError("Give flops_removed, a part of the whole cost, or ratios by layer: one of the two.")
     found = groups if groups is not None else find_groups(program, norm_axes=norm_axes)
+    losses = None if sensitivity is None else _losses(sensitivity, program, criterion)
     free = dataclasses.replace(found, groups=without(found, skip))
     scores = score_groups(program, free, criterion, data=data, loss=loss, seed=seed, master=master)
     if ratios is not None:
@@ -70,15 +84,42 @@ def plan_pruning(
         removed = allocate(
             found,
             scores,
-            Costs(found).measure(by),
+            _cost(found, by, threads),
             flops_removed,
             strategy=allocation,
             skip=skip,
             multiple_of=multiple_of,
             floor=floor,
-            called={"macs": "FLOPs", "parameters": "parameters", "memory": "bytes of weights"}[by],
+            losses=losses,
+            rule=rule,
+            called=_CALLED[by],
         ).removed
     return plan_removal(found, removed, norm_axes=norm_axes)
+
+
+_CALLED = {"macs": "FLOPs", "parameters": "parameters", "memory": "bytes of weights", "latency": "latency"}
+
+
+def _cost(groups: Groups, by: Measure | Literal["latency"], threads: int) -> Cost:
+    if by not in _CALLED:
+        raise ConfigError(f"There is no cost {by!r} to reduce. {closest(by, _CALLED)}")
+    if by != "latency":
+        return Costs(groups).measure(by)
+    from slimgraph.pruning.latency import MeasuredLatency  # which needs the runtime
+
+    return MeasuredLatency(groups, threads=threads)
+
+
+def _losses(sensitivity: Sensitivity | str | os.PathLike[str], program: Program, criterion: str | Criterion) -> Losses:
+    found = sensitivity if isinstance(sensitivity, Sensitivity) else load_sensitivity(sensitivity)
+    require_finished(found, program)
+    name = name_of(criterion)
+    if found.criterion != name:
+        raise ConfigError(
+            f"The sensitivities were measured with the criterion {found.criterion}, but {name} is to choose. What is "
+            "lost depends on which indices go: give one criterion for both."
+        )
+    return found.losses
 
 
 def prune(
@@ -92,6 +133,7 @@ def prune(
     skip: Sequence[str] = (),
     norm_axes: bool = False,
     multiple_of: int = MULTIPLE,
+    sensitivity: Sensitivity | str | os.PathLike[str] | None = None,
     proof: bool = True,
     recalibrate: str | Iterable[Any] | None = None,
 ) -> Program:
@@ -102,13 +144,15 @@ def prune(
         flops_removed: the part of the FLOPs that is to go at least.
         criterion: what matters: "l1_norm", "l2_norm", "geometry_median", "bn_scale", "taylor" (reads `data`, and `loss`
             if it is given), "random", or a function; `slimgraph.pruning.criteria.score_groups` tells more.
-        allocation: "global" ranks all channels of the program, "uniform" takes the same part of every layer.
+        allocation: "global" ranks all channels of the program, "uniform" takes the same part of every layer,
+            "sensitive" takes of every layer what costs the same loss, by `sensitivity`.
         data: batches, for "taylor".
         loss: for "taylor": "cross_entropy", …, or a function of outputs and batch.
         skip: layers that keep all their outputs: names, globs or `re:…`.
         norm_axes: also the channels that a layer or group norm runs over, such as the width of a transformer.
         multiple_of: what the channels that stay are a multiple of, as runtimes like it; a layer with no more than that
             stays whole.
+        sensitivity: for "sensitive": what `measure_sensitivity` gave, or the file of `slimgraph sensitivity`.
         proof: compute that the result is the program in which the same channels are zero where they are read.
         recalibrate: batches with which the statistics of batch norms are estimated anew.
     Raises:
@@ -136,6 +180,7 @@ def prune(
         skip=skip,
         norm_axes=norm_axes,
         multiple_of=multiple_of,
+        sensitivity=sensitivity,
         groups=groups,
     )
     result = apply_pruning(program, plan, proof=proof, groups=groups)
