@@ -21,6 +21,7 @@ from slimgraph.cli.evaluate import evaluate
 from slimgraph.cli.groups import groups
 from slimgraph.cli.inspect import inspect
 from slimgraph.cli.prune import prune
+from slimgraph.cli.sensitivity import sensitivity
 from slimgraph.cli.targets import targets
 from slimgraph.cli.verify import verify
 
@@ -64,7 +65,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-for _command in (demo, inspect, compress, analyze, groups, prune, evaluate, bench, convert, verify, doctor, targets):
+for _command in (
+    *(demo, inspect, compress, analyze, groups, sensitivity, prune),
+    *(evaluate, bench, convert, verify, doctor, targets),
+):
     app.command()(_command)
 
 

@@ -25,6 +25,14 @@ def prune(
     flops_removed: Annotated[
         float, typer.Option("--flops-removed", metavar="PART", help="The part of the FLOPs that is to go at least.")
     ] = 0.5,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="What --flops-removed is a part of: macs, parameters, memory (bytes of the weights), or latency, "
+            "which is measured for every choice that is tried.",
+        ),
+    ] = "macs",
     criterion: Annotated[
         str,
         typer.Option(
@@ -33,11 +41,23 @@ def prune(
         ),
     ] = "l2_norm",
     allocation: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--allocation", help="global ranks all channels of the model; uniform takes the same part of each layer."
+            "--allocation",
+            help="global ranks all channels of the model; uniform takes the same part of each layer; sensitive takes "
+            "of each what loses the same, by --sensitivity.",
+            show_default="global, or sensitive with --sensitivity",
         ),
-    ] = "global",
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            metavar="FILE",
+            help="What `slimgraph sensitivity` wrote for MODEL, with the same --criterion.",
+            show_default=False,
+        ),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +120,10 @@ def prune(
             program,
             flops_removed=flops_removed,
             criterion=criterion,
-            allocation=allocation,  # type: ignore[arg-type]  # checked there
+            allocation=allocation or ("global" if sensitivity is None else "sensitive"),  # type: ignore[arg-type]
+            sensitivity=sensitivity,
+            by=by,  # type: ignore[arg-type]
+            threads=threads,
             data=batches,
             loss=loss,
             skip=skip or [],
