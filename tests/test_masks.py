@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 import slimgraph
-import sparse_rank
 from slimgraph.errors import ConfigError
 from slimgraph.program.capture import capture
-from slimgraph.pruning.asp import check_two_four
 from slimgraph.pruning.zeros import count_zeros
 from slimgraph.quantization import apply_quantization, freeze
 from slimgraph.quantization.calibration import calibrate
@@ -145,11 +143,41 @@ def test_train_quantized_keeps_zeros_on_request(network, steps):
         slimgraph.train_quantized(network, images(), sparse_model=True, **options)
 
 
+_RANK = """
+import sys
+import torch
+from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
+from slimgraph.program.capture import capture
+from slimgraph.pruning.asp import check_two_four, plan_two_four
+from slimgraph.training.masks import HeldMasks
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+torch.manual_seed(0)
+program = capture(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(1, 8)).train()
+parallel = DistributedDataParallel(program)
+optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+HeldMasks(optimizer, program, plan_two_four(program).masks)
+generator = torch.Generator().manual_seed(rank)  # each has data of its own
+for _ in range(5):
+    optimizer.zero_grad()
+    parallel(torch.randn(4, 8, generator=generator)).square().sum().backward()
+    optimizer.step()
+assert check_two_four(program).sparse == ("0.weight", "2.weight")
+torch.save(program.state_dict(), f"{folder}/{rank}")
+destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # both processes import PyTorch
 def test_two_of_four_holds_in_two_processes_that_stay_alike(tmp_path):
-    command = [sys.executable, sparse_rank.__file__, "1", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as other:
-        program = sparse_rank.train(0, tmp_path)
-        _, said = other.communicate(timeout=120)
-    assert other.returncode == 0, said.decode()
-    assert check_two_four(program).sparse == ("0.weight", "2.weight")
-    assert same(program.state_dict(), torch.load(tmp_path / "state", weights_only=True))
+    command = [sys.executable, "-c", _RANK]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == 0, said.decode()
+    one, other = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert same(one, other)
