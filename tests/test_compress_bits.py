@@ -41,7 +41,8 @@ def bits_of(result):
 
 def test_a_size_between_those_of_four_and_eight_bits_mixes_them(network, tmp_path):
     eight = compress(network, DATA, out=tmp_path / "8", bits=[8])
-    mixed = compress(network, DATA, out=tmp_path / "mixed", bits=[4, 8], budget="size=0.2")
+    options = {"bits": [4, 8], "budget": "size=0.2", "repairs": "bias,reach"}
+    mixed = compress(network, DATA, out=tmp_path / "mixed", **options)
     assert set(bits_of(mixed).values()) == {4, 8}
     assert mixed.plan.weight_reach.keys() == {name for name, bits in bits_of(mixed).items() if bits == 4}
     # Apart from names and nodes, which this small network has many of, a fifth of the bytes of the weights is left.
@@ -52,8 +53,22 @@ def test_a_size_between_those_of_four_and_eight_bits_mixes_them(network, tmp_pat
     kernels = count_kernels(tmp_path / "mixed" / "model.onnx")
     assert (kernels.convolutions_integer, kernels.convolutions_float) == (3, 0)
     assert any("Of the choices within size=0.2" in notice.text for notice in mixed.report.notices)
+    assert (mixed.report.compressed.label, eight.report.compressed.label) == ("int4/8", "int8")
     schemes = {layer.name: layer.scheme for layer in mixed.report.layers}
     assert schemes["conv3"] == f"int{bits_of(mixed)['conv3']} per channel"
+
+
+def test_what_repairs_narrow_weights_is_tried_unless_it_is_said(network, tmp_path):
+    tried = compress(network, DATA, out=tmp_path, bits=[4])
+    noise = next(entry.result["noise"] for entry in tried.program.history if entry.step == "choose_repairs")
+    assert list(noise)[:2] == ["nothing", "bias"]
+    assert list(noise)[-2:] == ["weights", "reach"]
+    mixed = compress(network, DATA, out=tmp_path, bits=[4, 8], budget="size=0.2")
+    assert "choose_repairs" in [entry.step for entry in mixed.program.history]
+    for wide in ({"bits": [8]}, {"bits": [4], "repairs": "none"}):
+        steps = [entry.step for entry in compress(network, DATA, out=tmp_path, **wide).program.history]
+        assert "choose_repairs" not in steps
+        assert ("correct_bias" in steps) == ("repairs" not in wide)
 
 
 def test_a_budget_of_bit_operations_decides_on_activations_too(network, tmp_path):

@@ -9,6 +9,7 @@ from slimgraph.auto.notices import count_notices
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import Program
+from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import Quantization
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.environment import read_environment
@@ -51,7 +52,7 @@ def report_of(
     return Report(
         title=title,
         original=_facts("float", found.size_bytes_before, before_count, found.kernels_before),
-        compressed=_facts("int8", found.size_bytes_after, after_count, found.kernels_after),
+        compressed=_facts(_label(quantized.plan), found.size_bytes_after, after_count, found.kernels_after),
         metric=found.metric,
         control=control,
         latency=found.latency,
@@ -69,6 +70,16 @@ def report_of(
         history=after.history,
         notices=(*notices, *count_notices(before_count)),
     )
+
+
+_BYTE = 8
+
+
+def _label(plan: QuantizationPlan) -> str:
+    """What the integers are called: int8 also where 7 of the bits are used, and int4/8 where there are both."""
+    used = {weight.scheme.bits for weight in plan.weights} or {found.scheme.bits for found in plan.activations}
+    widths = {_BYTE if bits == _BYTE - 1 else bits for bits in used}
+    return f"int{'/'.join(map(str, sorted(widths)))}"
 
 
 def _facts(label: str, size_bytes: int, counted: Count, kernels: KernelCount) -> ModelFacts:

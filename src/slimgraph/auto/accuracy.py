@@ -34,8 +34,7 @@ class Means:
     replan: Callable[[Mapping[str, str]], QuantizationPlan]
     """A plan without ranges in which the named layers stay float."""
     repair: Callable[[str], Quantization] | None
-    """The quantization by ranges of an algorithm and the repairs that lower the noise; None: they are not to be
-    chosen."""
+    """The quantization by ranges of an algorithm and repairs that lower the noise; None: they were chosen before."""
     drop_of: Callable[[Program], float]
     """What the metric loses in a program."""
     confirm: Callable[[Quantization], float]
@@ -117,6 +116,7 @@ class _Control:
     def choose_repairs(self) -> None:
         """Make the repairs that lower the noise, if the metric agrees."""
         if self._means.repair is None:
+            self._note_repairs(self.first, kept=True)
             return
         self._means.say("Trying repairs", 0, None)
         repaired = self._means.repair(self.best.algorithm)
@@ -124,15 +124,19 @@ class _Control:
         if repaired.repairs != self.best.repairs:
             drop = self._means.drop_of(merge_quantizers(repaired.program))
         is_better = drop < self.drop
-        for name, noise in repaired.repair_noise.items():
-            is_kept = is_better and name in (repaired.repairs.names or ("nothing",))
-            self._attempts.append(Attempt(kind="repairs", what=name, noise=noise, drop=None, kept=is_kept))
+        self._note_repairs(repaired, kept=is_better)
         if repaired.repairs != self.best.repairs:
             found = self._noise(repaired)
             what = str(repaired.repairs)
             self._attempts.append(Attempt(kind="repairs", what=what, noise=found, drop=drop, kept=is_better))
         if is_better:
             self.best, self.drop = repaired, drop
+
+    def _note_repairs(self, chosen: Quantization, *, kept: bool) -> None:
+        """Tell what "auto" has tried one by one, now or before."""
+        for name, noise in chosen.repair_noise.items():
+            made = kept and name in (chosen.repairs.names or ("nothing",))
+            self._attempts.append(Attempt(kind="repairs", what=name, noise=noise, drop=None, kept=made))
 
     def _noise(self, candidate: Quantization) -> float:
         return output_noise(self.first.prepared, candidate.program, self._means.held_out)

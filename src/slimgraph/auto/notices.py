@@ -115,13 +115,24 @@ def bits_notices(mixed: MixedBits | None) -> Iterator[Notice]:
     for name, bits in mixed.weights.items():
         layers[bits].append(name)
     parts = [
-        f"{_listed(names)} {f'{bits} bits' if bits != FLOAT else 'float'}" for bits, names in sorted(layers.items())
+        f"{_listed(names)} in {f'{bits} bits' if bits != FLOAT else 'float'}" for bits, names in sorted(layers.items())
     ]
+    kind = "size of weights (the file has its graph beside them)" if mixed.budget.kind == "size" else mixed.budget.kind
     yield Notice(
         level="notice",
-        text=f"Of the choices within {mixed.budget} that with the least noise is {'; '.join(parts)}. It has "
-        f"{mixed.cost:.3g} of the original's {mixed.budget.kind}, as counted before.",
+        text=f"Of the choices within {mixed.budget} that with the least noise has {'; '.join(parts)}. It takes "
+        f"{mixed.cost:.3g} of the original's {kind}, as counted before it was made.",
     )
+
+
+def uncontrolled_notices(metric: MetricResult, mixed: MixedBits | None, control: bool | None) -> Iterator[Notice]:
+    """Why nothing was done about too large a drop, where a budget is the reason."""
+    if mixed is not None and control is None and metric.exceeds_max_drop:
+        yield Notice(
+            level="notice",
+            text=f"What keeps more of the metric was not looked for, since it costs some of the budget {mixed.budget}. "
+            "Ask for it (--control), or allow a larger budget.",
+        )
 
 
 def control_notices(control: AccuracyControl | None, metric: MetricResult) -> Iterator[Notice]:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from slimgraph.auto.notices import (
     speed_notices,
     tail_notices,
     target_notices,
+    uncontrolled_notices,
 )
 from slimgraph.auto.outcome import Progress, is_measured
 from slimgraph.auto.result_files import ResultFiles
@@ -42,7 +43,6 @@ from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import (
     Quantization,
     prepare,
-    quantize_again,
     quantize_with_record,
     require_finite,
     require_float,
@@ -170,8 +170,8 @@ def compress(
         analyze: tell in the report which layers make the loss, and why. None: where that takes a second at most.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
         repairs: what is done against rounding errors, as for `quantize`: `Repairs`, or a text as "auto", "none",
-            "bias,smooth". None: biases are corrected, weights of `bits` get the grids of least squared error, and
-            `control` may choose others.
+            "bias,smooth". None: biases are corrected, and `control` may choose others; weights of up to 6 bits get
+            what "auto" finds from the beginning.
         skip: layers that stay float, as `select` takes them.
         bits: of weights; several are choices for each layer, of which 32 is float. None: the target's.
         activation_bits: as `bits`, of activations.
@@ -191,7 +191,8 @@ def compress(
     _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
     resolved = resolved_target(target)
     widths = Widths(weights=tuple(bits), activations=tuple(activation_bits), budget=as_budget(budget))
-    wanted = widths.repairs if repairs is None else repairs_named(repairs)
+    by_default: Repairs | Literal["auto"] = AUTO if widths.are_narrow else Repairs()
+    wanted = by_default if repairs is None else repairs_named(repairs)
     calibration = open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
     _try_out(program, calibration, evaluation, metric, float_reference)
@@ -209,28 +210,25 @@ def compress(
         calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
     )
     with staging(out) as folder, TemporaryDirectory(dir=folder) as scratch:
-        quantized = _quantized(original, plan, calibration, algorithm, wanted, say)
+        quantized = _quantized(original, plan, calibration, algorithm, Repairs() if widths.are_choices else wanted, say)
         files = ResultFiles(
             program, folder / "model.onnx", Path(scratch), float_reference, narrow=resolved.startswith("onnxruntime")
         )
         mixed = None
         if widths.are_choices:
             mixed = widths.chosen(quantized, files, how, say)
-            given = (batch.inputs for batch in calibration)
-            # "auto" has tried the widest of the bits; narrow ones among the chosen need their reach as well.
-            made = replace(quantized.repairs, reach=True) if wanted == AUTO else quantized.repairs
-            quantized = quantize_again(quantized, replan(mixed), given, repairs=made)
+            quantized = _quantized(original, replan(mixed), calibration, algorithm, wanted, say)
         judged = files.write(quantized.program, how, say)
         controlled = None
-        by_default = how.labelled is not None and mixed is None  # what it spares costs some of a budget
-        if judged.exceeds_max_drop and (by_default if control is None else control):
+        unasked = how.labelled is not None and mixed is None  # what it spares costs some of a budget
+        if judged.exceeds_max_drop and (unasked if control is None else control):
             again = partial(replan, mixed)
 
             def repair(chosen: str) -> Quantization:
                 return _quantized(original, again({}), calibration, chosen, AUTO, say)
 
             quantized, judged, controlled = _controlled(
-                quantized, judged, again, repair if repairs is None else None, files, how, say
+                quantized, judged, again, repair if repairs is None and wanted != AUTO else None, files, how, say
             )
         found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
         losses = losses_of(quantized, calibration, found.comparison, wanted=analyze)
@@ -244,6 +242,7 @@ def compress(
                 *target_notices(target, resolved),
                 *_rewritten_notices(program, float_reference),
                 *bits_notices(mixed),
+                *uncontrolled_notices(found.metric, mixed, control),
                 *control_notices(controlled, found.metric),
                 *_notices(program, quantized, found, how),
             ),

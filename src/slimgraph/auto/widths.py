@@ -15,7 +15,7 @@ from slimgraph.quantization.mixed_bits import FLOAT, Budget, LayerTimes, MixedBi
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import Quantization
-from slimgraph.quantization.repair import Repairs
+from slimgraph.quantization.reach import NARROW_BITS
 from slimgraph.quantization.sensitivity import measure_sensitivity
 
 _BYTE = 8
@@ -56,9 +56,9 @@ class Widths:
         return self.budget is not None
 
     @property
-    def repairs(self) -> Repairs:
-        """Those that are made where none is asked for: narrow weights have the grids of least squared error."""
-        return Repairs(reach=bool(self.weights))
+    def are_narrow(self) -> bool:
+        """Whether weights may have so few bits that rounding has to be repaired."""
+        return any(bits <= NARROW_BITS for bits in self.weights)
 
     def plan(
         self,

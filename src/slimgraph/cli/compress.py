@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 DROP_EXCEEDED = 3
 
 
-def _advice(metric: "MetricResult") -> str:
+def _advice(metric: "MetricResult", *, controlled: bool) -> str:
     """What may help against too large a drop."""
-    spare = "" if metric.kind == "accuracy" else "--control, which leaves layers in float till enough is kept; "
+    spare = "" if controlled else "--control, which tries repairs, and widens layers till enough is kept; "
     judge = "" if metric.kind == "accuracy" else " --eval-data with labels measures what it means for the answers."
     return (
         f"Do not use it as it is. What may help: {spare}--skip PATTERN for the layers with the lowest signal-to-noise "
@@ -204,7 +204,9 @@ def told(result: "Compression") -> Answer:
     from slimgraph.report.page import summary
 
     report = result.report
-    advice = _advice(report.metric) if result.drop_exceeded and report.metric is not None else None
+    advice = None
+    if result.drop_exceeded and report.metric is not None:
+        advice = _advice(report.metric, controlled=report.control is not None)
     numbers = table("", report.original.label, report.compressed.label, "change")
     for line in summary(report):
         numbers.add_row(line.quantity, line.before, line.after, line.change)

@@ -68,7 +68,7 @@ RepairsOption = Annotated[
         metavar="NAMES",
         help="What is done against rounding errors: auto (tries what is cheap), none, or those of equalize, smooth, "
         "smooth=0.5, reach, weights, rounding=layer, rounding=block (minutes), bias, with commas between. If not "
-        "given: bias, and what is cheap when more is lost than --max-drop.",
+        "given: bias, and auto for --bits of up to 6 or when more is lost than --max-drop.",
         show_default=False,
     ),
 ]

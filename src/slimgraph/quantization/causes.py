@@ -164,7 +164,7 @@ def outlier_channel(seen: ActivationEvidence) -> Shown | None:
     return Shown(text=text + others, channel=channel, remedy=remedy)
 
 
-_SCALING = "smooth or equalize the channels (Repairs(smooth=True), Repairs(equalize=True)); else "
+_SCALING = "smooth or equalize the channels (--repairs bias,smooth,equalize); else "
 
 
 def _median(x: Floats) -> float:
@@ -276,7 +276,7 @@ ACTIVATION_RULES: tuple[Rule[ActivationEvidence], ...] = (
     Rule(
         "scale shared by a concatenation",
         _concatenation,
-        "equalize what writes its parts (Repairs(equalize=True)); else {skip}, so that they stay float",
+        "equalize what writes its parts (--repairs bias,equalize); else {skip}, so that they stay float",
     ),
     Rule(
         "outlier channel",
@@ -301,12 +301,12 @@ WEIGHT_RULES: tuple[Rule[WeightEvidence], ...] = (
     Rule(
         "weights of unequal channels",
         _unequal_weights,
-        "a scale for each channel (weight_per_channel=True); where the target has none, Repairs(equalize=True)",
+        "a scale for each channel (weight_per_channel=True); where the target has none, --repairs bias,equalize",
     ),
     Rule(
         "few codes used",
         _few_weight_codes,
-        'learned rounding (Repairs(reach=True, rounding="block")), more bits, or {skip}',
+        "learned rounding (--repairs bias,reach,rounding=block), more bits, or {skip}",
     ),
-    Rule("outlier weights", _outlier_weights, "the best reach of the grid (Repairs(reach=True)); else {skip}"),
+    Rule("outlier weights", _outlier_weights, "the best reach of the grid (--repairs bias,reach); else {skip}"),
 )

@@ -38,7 +38,7 @@ def _breakable(name: str) -> Markup:
 
 def _with_options(text: str) -> Markup:
     """Text in which what is typed at a command line can be told from words, and is not broken."""
-    parts = re.split(r"(--[a-z-]+(?: (?:'[^']*'|[^\s,;)]+))?)", text)
+    parts = re.split(r"(--[a-z-]+(?: (?:'[^']*'|(?:[^\s,;)]|,(?=\S))+))?)", text)
     return Markup("").join(
         Markup('<code class="option">{}</code>').format(part) if index % 2 else part for index, part in enumerate(parts)
     )
