@@ -41,6 +41,30 @@ class Network(nn.Module):
         return self.topology.forward(self, *inputs)
 
 
+class Shelf(nn.Module):
+    """Several networks side by side, of which one capture takes less time than one of each."""
+
+    def __init__(self, topologies: dict[str, Topology]) -> None:
+        super().__init__()
+        self.inputs = tuple({id(x): x for topology in topologies.values() for x in topology.inputs}.values())
+        places = {id(x): place for place, x in enumerate(self.inputs)}
+        self.reads = {name: [places[id(x)] for x in topology.inputs] for name, topology in topologies.items()}
+        for name, topology in topologies.items():
+            self.add_module(name, topology.make())
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [output for name in self.reads for output in self.made_by(name, inputs)]
+
+    def made_by(self, name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        made = getattr(self, name)(*(inputs[place] for place in self.reads[name]))
+        return made if isinstance(made, tuple) else (made,)
+
+    def by_name(self, outputs: list[Tensor]) -> dict[str, list[Tensor]]:
+        """What each network made, of the outputs of all."""
+        values = iter(outputs)
+        return {name: [next(values) for _ in self.made_by(name, self.inputs)] for name in self.reads}
+
+
 def network(*inputs: Tensor, **layers: Callable[[], Any]) -> Callable[[Callable[..., Any]], Topology]:
     return lambda forward: Topology(forward=forward, inputs=inputs, layers=layers)
 
@@ -257,6 +281,22 @@ def partial_convolution(net, x):
     return net.head(torch.cat([net.part(a), b], dim=1))
 
 
+@network(image, stem=conv(3, 4), cheap=conv(4, 4, 3, groups=4), head=conv(8, 2))
+def ghost(net, x):
+    x = net.stem(x)
+    return net.head(torch.cat([x, net.cheap(x)], dim=1))
+
+
+@network(image, stem=conv(3, 8), head=conv(3, 2))
+def channels_that_nobody_reads(net, x):
+    return net.head(net.stem(x)[:, :3])
+
+
+@network(image, stem=conv(3, 4), head=conv(6, 2))
+def concatenation_with_zeros(net, x):
+    return net.head(torch.cat([net.stem(x), torch.zeros(x.shape[0], 2, 4, 4, dtype=x.dtype)], dim=1))
+
+
 # Convolutions in groups
 
 
@@ -352,6 +392,12 @@ def channel_shuffle(net, x):
 @network(image, stem=conv(3, 8), first=conv(8, 8, groups=2), second=conv(8, 6, groups=2), head=conv(6, 2))
 def channel_shuffle_by_name(net, x):
     return net.head(relu(net.second(F.channel_shuffle(relu(net.first(net.stem(x))), 2))))
+
+
+@network(image, stem=conv(3, 8), right=conv(4, 4), head=conv(8, 2))
+def shuffle_unit(net, x):
+    left, right = net.stem(x).chunk(2, dim=1)
+    return net.head(_shuffled(torch.cat([left, net.right(right)], dim=1), 2))
 
 
 @network(image, stem=conv(3, 16), head=conv(4, 2))
@@ -503,6 +549,13 @@ def embedding_of_positions(net, x):
 @network(tokens, stem=linear(3, 5), rnn=layer(nn.LSTM, 5, 4, batch_first=True), head=linear(4, 2))
 def lstm(net, x):
     return net.head(net.rnn(net.stem(x))[0])
+
+
+@network(tokens, first=linear(3, 4), cell=linear(3, 4), rnn=layer(nn.LSTM, 3, 4, batch_first=True), head=linear(4, 2))
+def lstm_from_computed_states(net, x):
+    mean = x.mean(1)
+    states = net.first(mean).tanh().unsqueeze(0), net.cell(mean).unsqueeze(0)
+    return net.head(net.rnn(x, states)[0])
 
 
 @network(tokens, stem=linear(3, 5), rnn=layer(nn.GRU, 5, 4, batch_first=True), head=linear(4, 2))
@@ -661,6 +714,38 @@ def multihead_attention(net, x):
     return net.head(net.mha(x, x, x, need_weights=False)[0])
 
 
+@network(tokens, stem=linear(3, 6), mix=linear(2, 2, bias=False), **_apart)
+def talking_heads(net, x):
+    x = net.stem(x)
+    q, k, v = (_heads(each(x)) for each in (net.q, net.k, net.v))
+    weights = net.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+    return net.out(_joined(weights @ v))
+
+
+@network(tokens, slopes=lambda: -0.5 * torch.arange(1.0, 9.0).view(2, 1, 4), stem=linear(3, 6), **_apart)
+def bias_by_distance(net, x):
+    x = net.stem(x)
+    return net.out(_joined(_attention(_heads(net.q(x)), _heads(net.k(x)), _heads(net.v(x)), net.slopes)))
+
+
+def _turned(x, angles):
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+@network(
+    tokens,
+    angles=lambda: torch.outer(torch.arange(4.0), torch.tensor([1.0, 0.1])).repeat(1, 2),
+    stem=linear(3, 6),
+    **{each: linear(6, 8) for each in "qkv"},
+    out=linear(8, 2),
+)
+def rotary_positions(net, x):
+    x = net.stem(x)
+    q, k, v = (_heads(each(x), 4) for each in (net.q, net.k, net.v))
+    return net.out(_joined(F.scaled_dot_product_attention(_turned(q, net.angles), _turned(k, net.angles), v)))
+
+
 @network(tokens, stem=linear(3, 6), **_apart)
 def attention_between_channels(net, x):
     x = net.stem(x)
@@ -701,6 +786,18 @@ def head_used_twice(net, x):
 def weight_used_both_ways(net, x):
     narrow = relu(net.narrow(net.stem(x)))
     return net.head(F.linear(narrow, net.narrow.weight.t()))
+
+
+@network(tokens, stem=linear(3, 6), weight=parameter(6, 5), bias=parameter(5), head=linear(5, 2))
+def weight_with_its_outputs_last(net, x):
+    x = torch.addmm(net.bias, net.stem(x).view(-1, 6), net.weight)
+    return net.head(F.gelu(x).view(-1, 4, 5))
+
+
+@network(tokens, stem=linear(3, 6), weight=parameter(5, 6), gain=parameter(5, 1), head=linear(5, 2))
+def weight_norm(net, x):
+    weight = net.gain * net.weight / (net.weight.norm(dim=1, keepdim=True) + 1e-6)
+    return net.head(F.linear(net.stem(x), weight))
 
 
 # Nothing of these can go

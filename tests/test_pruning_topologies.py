@@ -6,11 +6,11 @@ that went are zero.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pruning_topologies as nets
 from slimgraph.errors import ConfigError, UnknownNameError
@@ -171,6 +171,15 @@ GROUPS = {
         Group("stem.weight:0#2", 5, (0,), stays={"stem> >head": (0, 1, 2, 4, 5, 6, 7)}),
         Group("part.weight:0", 3, (0, 2), "part>", {">head": (1, 3, 4, 5, 6, 7)}),
     ],
+    "ghost": [Group("stem.weight:0", 4, (1,), "stem> cheap>", {">head": (0, 2, 3, 4, 6, 7)})],
+    "channels_that_nobody_reads": [
+        Group("stem.weight:0", 3, (1,), ">head", {"stem>": (0, 2, 3, 4, 5, 6, 7)}),
+        Group("stem.weight:0#2", 5, (0, 4), stays={"stem>": (0, 1, 2, 4, 5, 6)}),
+    ],
+    "concatenation_with_zeros": [
+        Group("stem.weight:0", 4, (0,), "stem>", {">head": (1, 2, 3, 4, 5)}),
+        Group("head.weight:1", 2, (1,), stays={">head": (0, 1, 2, 3, 4)}),
+    ],
     # Convolutions in groups: the groups, what each reads, and what each makes
     "grouped": [
         Group(
@@ -235,6 +244,11 @@ GROUPS = {
         Group("first.weight:0#2", 2, (1,), stays={"first>": (0, 2, 4, 6), ">second": (0, 1)}),
         Group("second.weight:0", 3, (0,), stays={"second> >head": (1, 2, 4, 5)}),
     ],
+    "shuffle_unit": [  # channel i of the left is 2i, of the right 2i + 1
+        Group("stem.weight:0", 4, (0,), stays={"stem> >head": (1, 2, 3, 4, 5, 6, 7)}),
+        Group("stem.weight:0#2", 4, (1, 3), ">right", {"stem>": (0, 1, 2, 3, 4, 6)}),
+        Group("right.weight:0", 4, (2,), "right>", {">head": (0, 1, 2, 3, 4, 6, 7)}),
+    ],
     "pixel_shuffle": [Group("stem.weight:0", 4, (1,), ">head", {"stem>": (*range(4), *range(8, 16))})],
     "pixel_shuffle_of_views": [Group("stem.weight:0", 4, (1,), ">head", {"stem>": (*range(4), *range(8, 16))})],
     "pixel_unshuffle": [Group("stem.weight:0", 4, (2,), "stem>", {">head": (*range(8), *range(12, 16))})],
@@ -285,6 +299,20 @@ GROUPS = {
             4,
             (1,),
             "rnn.weight_hh_l0:1 >head",
+            {
+                "rnn.weight_ih_l0:0 rnn.weight_hh_l0:0 rnn.bias_ih_l0:0 rnn.bias_hh_l0:0": (
+                    *(0, 2, 3, 4, 6, 7),
+                    *(8, 10, 11, 12, 14, 15),
+                )
+            },
+        ),
+    ],
+    "lstm_from_computed_states": [
+        Group(
+            "first.weight:0",
+            4,
+            (1,),
+            "first> cell> rnn.weight_hh_l0:1 >head",
             {
                 "rnn.weight_ih_l0:0 rnn.weight_hh_l0:0 rnn.bias_ih_l0:0 rnn.bias_hh_l0:0": (
                     *(0, 2, 3, 4, 6, 7),
@@ -396,6 +424,25 @@ GROUPS = {
         KEYS,
         VALUES,
     ],
+    "talking_heads": [  # from the heads of queries to those of values
+        STREAM,
+        Group("q.weight:0", 2, (0,), ">mix", {"q> k>": (3, 4, 5)}),
+        Group("mix.weight:0", 2, (1,), "mix>", {"v> >out": (0, 1, 2)}),
+        KEYS,
+        VALUES,
+    ],
+    "bias_by_distance": [
+        STREAM,
+        Group("q.weight:0", 2, (0,), "slopes:0", {"q> k> v> >out": (3, 4, 5)}),
+        KEYS,
+        VALUES,
+    ],
+    "rotary_positions": [  # a half turns with the other
+        STREAM,
+        Group("q.weight:0", 2, (0,), stays={"q> k> v> >out": (4, 5, 6, 7)}),
+        Group("q.weight:0#2", 2, (0,), stays={"q> k>": (1, 3, 5, 7), "angles:1": (1, 3)}),
+        Group("v.weight:0", 4, (2,), stays={"v> >out": (0, 1, 3, 4, 5, 7)}),
+    ],
     "cross_attention": [
         Group("stem.weight:0", 6, (1, 4), "stem> >q"),
         Group("other.weight:0", 5, (0,), "other> >k >v"),
@@ -437,6 +484,11 @@ GROUPS = {
         VALUES,
     ],
     # Weights that are used twice
+    "weight_with_its_outputs_last": [
+        Group("weight:0", 6, (0, 3), "stem> weight:0"),
+        Group("weight:1", 5, (2,), "weight:1 bias:0 >head"),
+    ],
+    "weight_norm": [Group("weight:0", 5, (1, 4), "weight:0 gain:0 >head")],
     "layer_used_twice": [Group("stem.weight:0", 6, (0, 2), "stem> shared> >shared >head")],
     "head_used_twice": [Group("a.weight:0", 6, (5,), "a> b> >head")],
     "weight_used_both_ways": [
@@ -465,7 +517,8 @@ WHOLE = {
     "layer_norm_of_pictures": {"stem": "norm", "head": "norm"},
     "layer_norm_of_everything": {"stem": "norm", "norm": "norm", "head": "norm"},
     "rms_norm": {"stem": "norm", "head": "norm"},
-    "standardized_weight": {"stem": "a norm runs over it"},
+    "standardized_weight": {"stem": "norm"},
+    "weight_norm": {"stem": "linalg_vector_norm runs over it"},
     "steps": {"stem": "sliced in steps", "head": "sliced in steps"},
     "hidden_output": {"stem": "output", "head": "output"},
     "added_input": {"body": "input", "head": "input"},
@@ -481,21 +534,18 @@ WHOLE = {
 """Layers of which nothing can go, and why."""
 
 
+ALL = tuple(name for name, value in vars(nets).items() if isinstance(value, nets.Topology))
+
+
+def test_every_topology_has_an_answer():
+    assert {*ALL} == GROUPS.keys() | NORM_AXES.keys() | WHOLE.keys()
+    assert len(ALL) >= 60
+
+
 @cache
-def captured(name):
-    topology = getattr(nets, name)
-    net = topology.make()
-    return net, capture(net, topology.inputs), topology.inputs
-
-
-def joined(net, groups):
-    """What stays at each place when the indices of all groups go."""
-    result = {}
-    for group in groups:
-        for place, indices in group.kept(net).items():
-            before = result.get(place, indices)
-            result[place] = tuple(index for index in indices if index in before)
-    return result
+def captured(*names):
+    shelf = nets.Shelf({name: getattr(nets, name) for name in names})
+    return shelf, capture(shelf, shelf.inputs)
 
 
 def by_tensor(kept):
@@ -505,110 +555,145 @@ def by_tensor(kept):
     return result
 
 
-def outputs(value):
-    return [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
+def in_double(program):
+    copy = program.copy()
+    for node in copy.graph.nodes:
+        node.meta.pop("val", None)  # examples that take long to retype
+    return copy.double()
 
 
 def masked(net, kept):
-    """The network, with zeros for all that goes."""
-    state = {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()
-    }
+    """The network in float64, with zeros for all that goes."""
+    state = {name: each.double() if each.is_floating_point() else each for name, each in net.state_dict().items()}
     for (name, axis), indices in kept.items():
         gone = [index for index in range(state[name].shape[axis]) if index not in indices]
         state[name] = state[name].index_fill(axis, torch.tensor(gone, dtype=torch.int64), 0.0)
     return lambda *inputs: torch.func.functional_call(net, state, inputs)
 
 
-def three_samples(inputs):
-    """More samples than the example has, in float64."""
-    return [x.double()[[0, 1, 0]] * 0.7 if x.is_floating_point() else x[[0, 1, 1]] for x in inputs]
+def spread(output):
+    return float((output.max() - output.min()).detach())
 
 
-def assert_same(found, wanted):
-    for ours, theirs in zip(outputs(found), outputs(wanted), strict=True):
-        spread = float((theirs.max() - theirs.min()).detach())
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * spread)
+class Pruned:
+    """Networks that were captured together, and lose all that their groups say at once."""
+
+    def __init__(self, names, answers, *, norm_axes=False):
+        self.shelf, self.program = captured(*names)
+        self.found = find_groups(self.program, norm_axes=norm_axes)
+        self.kept, gone = {}, {}
+        for name in names:
+            for group in answers.get(name, ()):
+                gone[f"{name}.{group.name}"] = group.gone
+                for (tensor, axis), indices in group.kept(self.shelf.get_submodule(name)).items():
+                    place = f"{name}.{tensor}", axis
+                    before = self.kept.get(place, indices)
+                    self.kept[place] = tuple(index for index in indices if index in before)
+        self.plan = plan_removal(self.found, gone, norm_axes=norm_axes)
+        self.pruned = apply_pruning(self.program, self.plan, groups=self.found)
+
+    @torch.no_grad()
+    def outputs(self, compute):
+        """What each network makes of more samples than the example has, in float64."""
+        inputs = [x.double()[[0, 1, 0]] * 0.7 if x.is_floating_point() else x[[0, 1, 1]] for x in self.shelf.inputs]
+        made = compute(*inputs)
+        return self.shelf.by_name([*made.values()] if isinstance(made, dict) else [*made])
+
+    @cached_property
+    def results(self):
+        """What is left, the masked networks and those that were given."""
+        computing = (in_double(self.pruned), masked(self.shelf, self.kept), masked(self.shelf, {}))
+        return [self.outputs(compute) for compute in computing]
+
+    def check_groups(self, name, wanted):
+        """All groups of one network, and what each means for its tensors."""
+        prefix, net = f"{name}.", self.shelf.get_submodule(name)
+        found = {group.name.removeprefix(prefix): group for group in self.found.groups if group.name.startswith(prefix)}
+        assert {name: group.size for name, group in found.items()} == {group.name: group.size for group in wanted}
+        for group in wanted:
+            kept = {(f"{prefix}{tensor}", axis): indices for (tensor, axis), indices in group.kept(net).items()}
+            assert {(member.parameter, member.axis) for member in found[group.name].members} == kept.keys()
+            assert plan_removal(self.found, {f"{prefix}{group.name}": group.gone}).kept == by_tensor(kept)
+
+    def check_tensors(self, name):
+        """Each tensor of one network is a slice of what it was."""
+        before, after = self.shelf.state_dict(), self.pruned.state_dict()
+        changed = {tensor: axes for tensor, axes in by_tensor(self.kept).items() if tensor.startswith(f"{name}.")}
+        assert changed == {tensor: axes for tensor, axes in self.plan.kept.items() if tensor.startswith(f"{name}.")}
+        assert changed.keys() <= after.keys()
+        for tensor in [each for each in after if each.startswith(f"{name}.") and each in before]:
+            wanted = before[tensor]
+            for axis, indices in changed.get(tensor, {}).items():
+                wanted = wanted.index_select(axis, torch.tensor(indices))
+            assert torch.equal(after[tensor], wanted)
+
+    def whole(self, name):
+        """Layers of one network of which nothing can go, and why."""
+        return {
+            layer.removeprefix(f"{name}."): why
+            for layer, why in self.found.kept.items()
+            if layer.startswith(f"{name}.")
+        }
 
 
-def check_groups(name, wanted, found):
-    net, _, _ = captured(name)
-    assert not found.unknown
-    assert {group.name: group.size for group in found.groups} == {group.name: group.size for group in wanted}
-    for group in wanted:
-        kept = group.kept(net)
-        assert {(member.parameter, member.axis) for member in found[group.name].members} == kept.keys()
-        assert plan_removal(found, {group.name: group.gone}).kept == by_tensor(kept)
+SHELF = 10
+"""Networks that share a capture."""
 
 
-def pruned_by_hand(name, wanted, found, **options):
-    """What is left of the program, after comparison with slices taken by hand."""
-    net, program, _ = captured(name)
-    kept = joined(net, wanted)
-    plan = plan_removal(found, {group.name: group.gone for group in wanted}, **options)
-    assert plan.kept == by_tensor(kept)
-    pruned = apply_pruning(program, plan, groups=found)
-    state = net.state_dict()
-    for (tensor, axis), indices in kept.items():
-        state[tensor] = state[tensor].index_select(axis, torch.tensor(indices))
-    left = pruned.state_dict()
-    assert {tensor for tensor, _ in kept} <= left.keys()
-    assert all(torch.equal(left[tensor], state[tensor]) for tensor in left.keys() & state.keys())
-    return kept, plan, pruned.copy().double()
+@cache
+def pruned_with_its_neighbours(number):
+    return Pruned(ALL[number * SHELF : (number + 1) * SHELF], GROUPS)
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_are_those_worked_out_by_hand_and_what_is_left_computes_what_the_masked_network_does(name):
-    net, program, example = captured(name)
-    found = find_groups(program)
-    check_groups(name, GROUPS[name], found)
-    assert found.kept.keys() == WHOLE.get(name, {}).keys()
-    kept, _, pruned = pruned_by_hand(name, GROUPS[name], found)
-    inputs = three_samples(example)
-    whole, wanted = masked(net, {})(*inputs), masked(net, kept)(*inputs)
-    assert_same(pruned(*inputs), wanted)
-    assert not any(map(torch.allclose, outputs(wanted), outputs(whole)))  # or nothing would have been shown
+    case = pruned_with_its_neighbours(ALL.index(name) // SHELF)
+    assert not case.found.unknown
+    case.check_groups(name, GROUPS[name])
+    assert case.whole(name).keys() == WHOLE.get(name, {}).keys()
+    case.check_tensors(name)
+    for ours, theirs, old in zip(*(result[name] for result in case.results), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * spread(theirs))
+        assert (theirs - old).abs().max() > 1e-3 * spread(old)  # or nothing would have been shown
 
 
 @pytest.mark.parametrize("name", NORM_AXES)
 def test_norms_run_over_what_stays_where_that_is_asked_for(name):
-    net, program, example = captured(name)
-    found = find_groups(program, norm_axes=True)
-    check_groups(name, NORM_AXES[name], found)
-    assert not found.kept
-    _, plan, pruned = pruned_by_hand(name, NORM_AXES[name], found, norm_axes=True)
-    inputs = three_samples(example)
-    if name != "layer_norm_of_everything":  # of the shape of pictures, a module is not told
-        assert_same(pruned(*inputs), apply_to_module(net, plan).double()(*inputs))
+    case = Pruned([name], NORM_AXES, norm_axes=True)
+    case.check_groups(name, NORM_AXES[name])
+    case.check_tensors(name)
+    assert not case.found.kept
+    (found,) = case.outputs(in_double(case.pruned))[name]
+    (wanted,) = case.outputs(apply_to_module(case.shelf, case.plan).double())[name]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9 * spread(wanted))
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_layers_of_which_nothing_can_go_say_why(name):
-    found = find_groups(captured(name)[1])
-    assert {group.name for group in found.groups} == {group.name for group in GROUPS.get(name, ())}
-    assert found.kept.keys() == WHOLE[name].keys()
-    assert all(reason in found.kept[layer] for layer, reason in WHOLE[name].items())
-
-
-def test_every_topology_has_an_answer():
-    topologies = {name for name, value in vars(nets).items() if isinstance(value, nets.Topology)}
-    assert topologies == GROUPS.keys() | NORM_AXES.keys() | WHOLE.keys()
-    assert len(topologies) >= 60
+    found = pruned_with_its_neighbours(ALL.index(name) // SHELF).whole(name)
+    assert found.keys() == WHOLE[name].keys()
+    assert all(any(reason in why for why in found[layer]) for layer, reason in WHOLE[name].items())
 
 
 # Requests that cannot be
 
 
+@cache
+def alone(name):
+    topology = getattr(nets, name)
+    return capture(topology.make(), topology.inputs)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_part_that_is_none_is_refused(ratio):
-    _, program, _ = captured("residual")
+    program = alone("residual")
     with pytest.raises(ConfigError, match=f"{ratio}; give a number between 0 and 1"):
         prune(program, flops_removed=ratio)
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, float("nan")])
 def test_a_ratio_that_is_none_is_refused(ratio):
-    _, program, _ = captured("residual")
+    program = alone("residual")
     with pytest.raises(ConfigError, match=rf"'first' is {ratio}; .* in \[0, 1\)"):
         plan_pruning(program, ratios={"first": ratio})
 
@@ -624,7 +709,7 @@ def test_a_ratio_that_is_none_is_refused(ratio):
     ],
 )
 def test_a_part_that_cannot_be_reached_names_one_that_can(name, options):
-    _, program, _ = captured(name)
+    program = alone(name)
     with pytest.raises(ConfigError, match=r"99\.0% of the .* and at most [\d.]+% can be") as caught:
         plan_pruning(program, flops_removed=0.99, **options)
     most = float(str(caught.value).partition("at most ")[2].partition("%")[0]) / 100
@@ -637,7 +722,7 @@ def test_a_part_that_cannot_be_reached_names_one_that_can(name, options):
 @pytest.mark.parametrize("name", ["hidden_output", "mean_of_channels", "steps", "layer_norm_of_pictures"])
 def test_of_a_network_that_needs_all_nothing_can_be_reached(name):
     with pytest.raises(ConfigError, match=r"at most 0\.0% can be: 0 of 0 groups may lose indices; . layers stay whole"):
-        plan_pruning(captured(name)[1], flops_removed=0.1)
+        plan_pruning(alone(name), flops_removed=0.1)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +737,7 @@ def test_of_a_network_that_needs_all_nothing_can_be_reached(name):
 )
 def test_names_that_match_nothing_tell_the_closest(request_, closest):
     with pytest.raises(UnknownNameError, match=closest):
-        plan_pruning(captured("residual")[1], **request_)
+        plan_pruning(alone("residual"), **request_)
 
 
 @pytest.mark.parametrize(
@@ -669,7 +754,7 @@ def test_names_that_match_nothing_tell_the_closest(request_, closest):
     ],
 )
 def test_two_ratios_for_what_goes_together_are_refused(name, first, second):
-    _, program, _ = captured(name)
+    program = alone(name)
     with pytest.raises(ConfigError, match=f"'{first}' wants the ratio 0.5 and '{second}' wants 0.25.*one group"):
         plan_pruning(program, ratios={first: 0.5, second: 0.25})
     agreed = plan_pruning(program, ratios={first: 0.5, second: 0.5})
@@ -677,7 +762,7 @@ def test_two_ratios_for_what_goes_together_are_refused(name, first, second):
 
 
 def test_a_ratio_for_what_is_protected_is_refused():
-    _, program, _ = captured("residual")
+    program = alone("residual")
     with pytest.raises(ConfigError, match=r"'first' has the ratio 0\.5, .*: 'first' protect it"):
         plan_pruning(program, ratios={"first": 0.5}, skip=["first"])
     plan = plan_pruning(program, ratios={"*": 0.5}, skip=["first"])  # all others
@@ -696,7 +781,7 @@ def test_a_ratio_for_what_is_protected_is_refused():
     ],
 )
 def test_what_an_output_depends_on_as_a_whole_cannot_be_pruned(name, layer):
-    _, program, _ = captured(name)
+    program = alone(name)
     with pytest.raises(ConfigError, match=f"'{layer}' has the ratio 0.5, but what it makes stays whole"):
         plan_pruning(program, ratios={layer: 0.5})
     assert not plan_pruning(program, ratios={layer: 0.0}).groups
