@@ -148,6 +148,8 @@ def test_activations_by_abs_max_take_their_range_at_inference(mixed):
         ("activation_quantize_type", "moving_average", "moving_average_abs_max"),
         ("onnx_format", "yes", "True or False"),
         ("weight_bits", 1, "bits is 1"),
+        ("weight_bits", "4", "bits is '4'; give a whole number"),
+        ("activation_bits", 4.0, "bits is 4.0; give a whole number"),
         ("activation_bits", 17, "bits is 17"),
     ],
 )

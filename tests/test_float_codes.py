@@ -11,6 +11,7 @@ import slimgraph
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.errors import ExportError
+from slimgraph.quantization import quantize_weights
 
 
 @pytest.fixture
@@ -45,6 +46,36 @@ def test_initializers_hold_the_integers_and_the_file_answers_the_same(network, t
         OnnxModel.open(tmp_path / f"{kind}.onnx", integer_kernels=False)(x)["output"] for kind in ("integers", "floats")
     ]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group": 32}, {"group": 32, "symmetric": False}]
+)
+def test_weights_alone_do_too_also_in_blocks(options, tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.first, self.second = nn.Embedding(40, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+
+        def forward(self, ids):
+            return self.second(torch.relu(self.first(self.table(ids))))
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 40, (2, 7))
+    integers = quantize_weights(slimgraph.capture(Words().eval(), ids), **options)
+    export_onnx(integers, tmp_path / "floats.onnx", float_codes=True)
+    graph = onnx.load(tmp_path / "floats.onnx").graph
+    onnx.checker.check_model(tmp_path / "floats.onnx", full_check=True)
+    assert {node.domain for node in graph.node} == {""}
+    assert not any(node.op_type == "DequantizeLinear" for node in graph.node)
+    large = [numpy_helper.to_array(tensor) for tensor in graph.initializer if np.prod(tensor.dims) >= 1024]
+    assert len(large) == 3
+    for array in large:
+        assert array.dtype == "float32"
+        assert (array == array.round()).all()
+        assert abs(array).max() <= 255
+    answers = OnnxModel.open(tmp_path / "floats.onnx")({"ids": ids})["output"]
+    np.testing.assert_allclose(answers, integers(ids).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_float_program_has_no_codes(network, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimgraph.errors import CalibrationError, ConfigError
+from slimgraph.errors import CalibrationError, ConfigError, DataError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.apply import apply_quantization, rounded_weight, weight_grid
@@ -278,7 +278,7 @@ def test_activations_that_are_no_numbers_are_named(net):
         gptq(program, plan_weights(net, bits=4), [images()])
     x = images()
     x[3, 0, 0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match="NaN"):
+    with pytest.raises(DataError, match="batch 0: input 'x' has NaN"):
         gptq(net, plan_weights(net, bits=4), [x])
 
 

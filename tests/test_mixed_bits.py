@@ -146,6 +146,8 @@ def test_a_plan_takes_the_bits(chain):
         plan_bits(program, plan, sensitivity, budget_of("bops=1"), weight_bits=(8, FLOAT))
     with pytest.raises(ConfigError, match="lack the weight 'a' with 3 bits"):
         plan_bits(program, plan, sensitivity, budget_of("bops=1"), weight_bits=(3, 8))
+    with pytest.raises(ConfigError, match=r"lack the activation 'x' with 3 bits.*activation_bits=\[3, 8\]"):
+        plan_bits(program, plan, sensitivity, budget_of("bops=1"), activation_bits=(3, 8))
 
 
 @pytest.mark.parametrize("text", ["size", "size=", "size=a", "weight=0.5", "size=0", "size=nan", "=0.3"])

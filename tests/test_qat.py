@@ -522,6 +522,10 @@ def test_wrong_requests_are_refused_before_anything_is_built(program, plan, imag
         insert(program, plan, moving_rate=1.0)
     with pytest.raises(ConfigError, match="both learn"):
         insert(program, plan, activation_quantize_type="lsq", pact=Pact())
+    with pytest.raises(ConfigError, match="'tensorrt' has no operator that takes the range"):
+        insert(program, dataclasses.replace(plan, target="tensorrt"), activation_quantize_type="abs_max")
+    with pytest.raises(ConfigError, match=r"activation_bits is 7.*DynamicQuantizeLinear"):
+        prepare_qat(program, calibrated(program, images, activation_bits=7), activation_quantize_type="abs_max")
     with pytest.raises(ConfigError, match="alpha is 0"):
         Pact(alpha=0.0)
     with pytest.raises(ConfigError, match="does not have"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import toys
 from models.captured import captured, positional
-from slimgraph.errors import CalibrationError, ConfigError, UnknownNameError
+from slimgraph.errors import CalibrationError, ConfigError, DataError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import IntScheme, quantize
 from slimgraph.quantization.apply import apply_quantization, weight_scale
@@ -559,7 +559,7 @@ def test_values_that_are_no_numbers_are_named():
         broken.state_dict()["one.second.weight"][0, 0, 0, 0] = torch.nan
     with pytest.raises(CalibrationError, match="one/relu_1"):
         reconstruct(broken, plan, images(), steps=1)
-    with pytest.raises(CalibrationError, match="Input 'x'"):
+    with pytest.raises(DataError, match="batch 0: input 'x'"):
         reconstruct(prepared, plan, [torch.full((4, 3, 8, 8), torch.inf)], steps=1)
     with pytest.raises(CalibrationError, match="There is no batch"):
         reconstruct(prepared, plan, [], steps=1)

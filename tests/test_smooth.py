@@ -128,6 +128,6 @@ def test_data_that_cannot_be_used_are_named():
     with pytest.raises(CalibrationError, match="has no batch"):
         smooth(program, plan, [])
     program.state_dict()["0.weight"][0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match="'1' holds NaN or an infinity") as caught:
+    with pytest.raises(CalibrationError, match="'1' holds NaN or an infinity in calibration batch 0") as caught:
         smooth(program, plan, [torch.ones(4, 3)])
     assert "executing" not in str(caught.value)

@@ -5,15 +5,16 @@ import onnx_ir as ir
 
 from slimgraph.errors import ExportError
 
-_EXACT = {np.dtype(kind) for kind in ("int8", "uint8", "int16", "uint16")}  # float32 holds all of their codes
+_EXACT = ("int4", "uint4", "int8", "uint8", "int16", "uint16")  # float32 holds all of their codes
 
 
 def hold_codes_in_float(model: ir.Model) -> None:
     """Let every integer weight be a float32 initializer with the same codes, multiplied by its scale.
 
     That is what the documents save as the float model: it runs where nothing reads integer weights, and a converter
-    that knows the scales makes integers of it again. Activations keep their quantizers. 32-bit biases, whose codes
-    float32 does not hold, become the real numbers that they stand for.
+    that knows the scales makes integers of it again. Where blocks of a weight have scales of their own, each block is a
+    row of the initializer. Activations keep their quantizers. 32-bit biases, whose codes float32 does not hold, become
+    the real numbers that they stand for.
 
     Raises:
         ExportError: no weight of the model is in integers.
@@ -25,10 +26,13 @@ def hold_codes_in_float(model: ir.Model) -> None:
         codes, scale, offset = (_numbers(node, index) for index in range(3))
         assert codes is not None
         assert scale is not None
-        shape = _shape_of_scale(node, codes, scale)
-        centred = codes.astype(np.int64) - (0 if offset is None else offset.astype(np.int64).reshape(shape))
-        if codes.dtype in _EXACT:
+        rows, shape = _rows_and_scales(node, codes, scale)
+        integers = codes.astype(np.int64).reshape(rows)
+        centred = integers - (0 if offset is None else offset.astype(np.int64).reshape(shape))
+        if codes.dtype.name in _EXACT:
             made = _multiplied(model, node, centred.astype(np.float32), scale.reshape(shape))
+            if rows != codes.shape:
+                made = _reshaped(model, node, made, codes.shape)
             weights += 1
         else:
             made = _stored(node, centred.astype(np.float32) * scale.reshape(shape))
@@ -44,9 +48,13 @@ def _numbers(node: ir.Node, index: int) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
-def _shape_of_scale(node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> list[int]:
-    axis = node.attributes.get_int("axis", 1)
-    return [-1 if scale.size > 1 and other == axis % codes.ndim else 1 for other in range(codes.ndim)]
+def _rows_and_scales(node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes and scales that broadcast: with blocks, the axis that they divide becomes two."""
+    axis = node.attributes.get_int("axis", 1) % max(1, codes.ndim)
+    if block := node.attributes.get_int("block_size", 0):
+        before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+        return (*before, scale.shape[axis], block, *after), (*before, scale.shape[axis], 1, *after)
+    return codes.shape, tuple(scale.size if other == axis else 1 for other in range(codes.ndim))
 
 
 def _stored(node: ir.Node, numbers: np.ndarray) -> ir.Value:
@@ -71,6 +79,25 @@ def _multiplied(model: ir.Model, node: ir.Node, codes: np.ndarray, scale: np.nda
     model.graph.register_initializer(factor)
     product = ir.node("Mul", [source, factor], name=node.name)
     product.outputs[0].name = node.outputs[0].name
-    product.outputs[0].shape, product.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    product.outputs[0].shape, product.outputs[0].type = ir.Shape(codes.shape), node.outputs[0].type
     model.graph.insert_before(node, product)
     return product.outputs[0]
+
+
+def _reshaped(model: ir.Model, node: ir.Node, product: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """The product of rows in the shape of the weight."""
+    name, times = product.name, product.producer()
+    assert times is not None
+    product.name = times.name = f"{name}/rows"
+    sizes = ir.Value(
+        name=f"{name}/shape",
+        shape=ir.Shape([len(shape)]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.array(shape, dtype=np.int64)),
+    )
+    model.graph.register_initializer(sizes)
+    whole = ir.node("Reshape", [product, sizes])
+    whole.name = whole.outputs[0].name = name
+    whole.outputs[0].shape, whole.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    model.graph.insert_before(node, whole)
+    return whole.outputs[0]

@@ -32,8 +32,8 @@ class IntScheme:
     """Of a matrix, how many elements along the axis that is not kept share a scale; None is all of them."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 16:
-            raise ConfigError(f"bits is {self.bits}; give 2 to 16.")
+        if type(self.bits) is not int or not 2 <= self.bits <= 16:
+            raise ConfigError(f"bits is {self.bits!r}; give a whole number from 2 to 16.")
         if self.group is not None and (self.group < 2 or self.axis is None):
             raise ConfigError(f"group is {self.group}; give at least 2, and the axis that is kept.")
 

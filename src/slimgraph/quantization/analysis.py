@@ -15,7 +15,6 @@ from slimgraph.program.names import operator_name, value_of
 from slimgraph.program.program import Program
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.causes import ACTIVATION_RULES, WEIGHT_RULES, Shown, outlier_channel
-from slimgraph.quantization.correct_bias import first_samples
 from slimgraph.quantization.evidence import (
     ActivationEvidence,
     Spread,
@@ -25,6 +24,7 @@ from slimgraph.quantization.evidence import (
 from slimgraph.quantization.neighbours import nearest
 from slimgraph.quantization.operators import data_inputs, kind_of, rectified_range
 from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.samples import first_samples
 from slimgraph.quantization.sensitivity import QuantizerSensitivity, measure_sensitivity
 from slimgraph.quantization.statistics import ValueStatistics
 from slimgraph.table import text_table

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -15,20 +15,24 @@ from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
+See: TypeAlias = Callable[[str, Tensor, int], None]
+"""Is shown a value: its name, the tensor, and the number of the batch that it is of, from 0."""
+
 
 class _Observing(fx.Interpreter):
     """Runs a graph and shows the wanted values as they appear; each is freed after its last use."""
 
-    def __init__(self, program: Program, wanted: Collection[str], see: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, program: Program, wanted: Collection[str], see: See) -> None:
         super().__init__(program.graph_module)
         self.extra_traceback = False  # it would append PyTorch's to the message
+        self.batch = 0
         self._wanted = wanted
         self._see = see
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if (name := value_of(n)) in self._wanted:
-            self._see(name, result)
+            self._see(name, result, self.batch)
         return result
 
 
@@ -56,7 +60,7 @@ def collect_statistics(
             program,
             statistics,
             batches,
-            lambda name, value: statistics[name].update(value, name=name, pool=pool),
+            lambda name, value, batch: statistics[name].update(value, name=name, batch=batch, pool=pool),
             progress=progress,
         )
     return statistics
@@ -66,14 +70,14 @@ def observe(
     program: Program,
     values: Collection[str],
     batches: Iterable[Any],
-    see: Callable[[str, Tensor], None],
+    see: See,
     *,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Run the program over all batches and show the named values as they appear, each batch in parts.
 
     Args:
-        see: given the name and the tensor, which it must not write into or keep.
+        see: must not write into what it is shown, or keep it.
     Raises:
         UnknownNameError: there is no such value.
         CalibrationError: there is no batch.
@@ -91,7 +95,8 @@ def observe(
         with torch.inference_mode():
             for index, batch in enumerate(batches):
                 bound = program.signature.bind(batch, where=f"Calibration batch {index}")
-                _reject_not_finite(bound, index)
+                require_finite_inputs(bound, index)
+                interpreter.batch = index
                 try:
                     for part in in_parts(program, bound):
                         interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
@@ -109,7 +114,12 @@ def observe(
         )
 
 
-def _reject_not_finite(batch: Mapping[str, Tensor], index: int) -> None:
+def require_finite_inputs(batch: Mapping[str, Tensor], index: int) -> None:
+    """Return if the inputs of a calibration batch are numbers.
+
+    Raises:
+        DataError: one has NaN or infinity; the message names it, and the batch.
+    """
     for name, tensor in batch.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(

@@ -36,7 +36,7 @@ def channel_ranges(program: Program, places: Iterable[Place], batches: Iterable[
     Args:
         batches: what `Signature.bind` takes, each.
     Raises:
-        CalibrationError: there is no batch, or a value has NaN or infinity.
+        CalibrationError: there is no batch, or a value has NaN or infinity; the message names value and batch.
         DataError: a batch does not fit the program.
     """
     wanted: dict[str, set[int]] = {}
@@ -44,15 +44,15 @@ def channel_ranges(program: Program, places: Iterable[Place], batches: Iterable[
         wanted.setdefault(place.value, set()).add(place.axis)
     found: dict[tuple[str, int], ChannelRange] = {}
 
-    def see(name: str, value: Tensor) -> None:
+    def see(name: str, value: Tensor, batch: int) -> None:
         for axis in wanted[name] if value.numel() else ():
             others = [other for other in range(value.dim()) if other != axis]
             low, high = (value.amin(others), value.amax(others)) if others else (value, value)
             low, high = low.double().cpu(), high.double().cpu()
             if not bool((low.isfinite() & high.isfinite()).all()):
                 raise CalibrationError(
-                    f"The value {name!r} holds NaN or an infinity. Look for broken samples in the calibration data, or "
-                    "check that the float model is sound on them."
+                    f"The value {name!r} holds NaN or an infinity in calibration batch {batch} (counted from 0). Look "
+                    "for broken samples there, or check that the float model is sound on them."
                 )
             if (before := found.get((name, axis))) is not None:
                 low, high = torch.minimum(low, before.low), torch.maximum(high, before.high)

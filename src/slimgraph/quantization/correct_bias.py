@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
-from slimgraph.errors import CalibrationError
 from slimgraph.program.fold import set_bias
 from slimgraph.program.names import value_of
 from slimgraph.program.parts import in_parts
@@ -20,6 +19,7 @@ from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.samples import first_samples
 
 REPAIR_SAMPLES = 32
 """The differences are paired, so few samples give a stable mean."""
@@ -62,43 +62,6 @@ def correct_bias(
     edit.finish(corrected)
     return corrected.with_history(
         HistoryEntry(step="correct_bias", parameters={"samples": sum(len(next(iter(part.values()))) for part in parts)})
-    )
-
-
-def first_samples(program: Program, batches: Iterable[Any], samples: int) -> list[dict[str, Tensor]]:
-    """The first samples of calibration data, in as few batches as their sizes allow; no more is read than that needs.
-
-    Where the number of samples in a batch is fixed, the last batch is whole.
-
-    Raises:
-        CalibrationError: there is no batch.
-        DataError: a batch does not fit the program.
-    """
-    found: list[dict[str, Tensor]] = []
-    batched = program.signature.batched
-    missing = samples
-    for index, batch in enumerate(batches):
-        bound = program.signature.bind(batch, where=f"Calibration batch {index}")
-        taken = {name: x[:missing] if name in batched else x for name, x in bound.items()}
-        if found and _fit(found[-1], taken, batched):
-            taken = {name: torch.cat([found[-1][name], x]) if name in batched else x for name, x in taken.items()}
-            found.pop()
-        found.append(taken)
-        missing -= len(next(iter(bound.values())))
-        if missing <= 0:
-            break
-    if not found:
-        raise CalibrationError(
-            "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
-        )
-    return found
-
-
-def _fit(batch: Mapping[str, Tensor], other: Mapping[str, Tensor], batched: frozenset[str]) -> bool:
-    """Whether two batches can be joined."""
-    return bool(batched) and all(
-        x.shape[1:] == batch[name].shape[1:] if name in batched else torch.equal(x, batch[name])
-        for name, x in other.items()
     )
 
 

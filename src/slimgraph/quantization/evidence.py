@@ -328,5 +328,5 @@ def _spreads(program: Program, names: Iterable[str], batches: Iterable[Any]) -> 
         for name, axis in axes.items()
         if axis is not None and values[name].meta["val"].is_floating_point()
     }
-    observe(program, sums, batches, lambda name, value: sums[name].add(value))
+    observe(program, sums, batches, lambda name, value, _: sums[name].add(value))
     return {name: spread for name, found in sums.items() if (spread := found.spread) is not None}

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import slimgraph.program.edit as edit
+from slimgraph.deploy.targets import TARGETS
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import foldable_norms
 from slimgraph.program.program import HistoryEntry, Json, Program
@@ -11,6 +12,7 @@ from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
 from slimgraph.quantization.fake_quantizers import ActivationRange, Pact, RangeOptions, WeightRange, Writer
 from slimgraph.quantization.insert_activations import insert_activations
 from slimgraph.quantization.insert_weights import insert_weights
+from slimgraph.quantization.placement import require_ranges_at_inference
 from slimgraph.quantization.plan import QuantizationPlan
 
 STEP = "insert_fake_quantizers"
@@ -52,7 +54,8 @@ def insert(
             0.001; state and accumulator 1), and learned steps of weights as their papers do. Learned steps of
             activations begin with the plan's ranges in any case.
     Raises:
-        ConfigError: an unknown type, the plan has no ranges where they are needed, or speaks of another program.
+        ConfigError: an unknown type, the plan has no ranges where they are needed, speaks of another program, or is for
+            a target that cannot take the ranges of "abs_max" at inference.
     """
     options = RangeOptions(
         weights=weight_quantize_type,
@@ -63,6 +66,8 @@ def insert(
         warm=warm,
     )
     require_values(program, plan)
+    if activation_quantize_type == "abs_max":
+        _require_ranges_at_inference(plan)
     inserted = program.copy()
     writer, norms = Writer(inserted, options), foldable_norms(inserted)
     weights = insert_weights(writer, plan, norms)
@@ -76,6 +81,14 @@ def insert(
         "plan": json.loads(made.to_json()),
     }
     return inserted.with_history(HistoryEntry(step=STEP, parameters=parameters))
+
+
+def _require_ranges_at_inference(plan: QuantizationPlan) -> None:
+    target = TARGETS.get(plan.target)  # one of somebody's own is known to them
+    read = {weight.input for weight in plan.weights}
+    for bits in {found.scheme.bits for found in plan.activations if found.value in read}:
+        if target is not None:
+            require_ranges_at_inference(target, bits)
 
 
 def require_values(program: Program, plan: QuantizationPlan) -> None:

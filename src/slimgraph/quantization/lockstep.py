@@ -11,7 +11,9 @@ from slimgraph.errors import CalibrationError
 from slimgraph.program.names import value_of
 from slimgraph.program.parts import hinted_elements
 from slimgraph.program.program import Program
+from slimgraph.quantization.calibration import require_finite_inputs
 from slimgraph.quantization.regions import Span
+from slimgraph.quantization.samples import can_be_joined
 from slimgraph.quantization.simulation import LayerTensors, Results, Simulation
 
 LEAST_BATCHES = 8
@@ -166,17 +168,12 @@ def batches_of(program: Program, batches: Iterable[Any], *, samples: int, size: 
     Where the number of samples in a batch is fixed, batches stay as they are.
 
     Raises:
-        CalibrationError: there is no batch, or one has NaN or infinity.
-        DataError: a batch does not fit the program.
+        CalibrationError: there is no batch.
+        DataError: a batch does not fit the program, or has NaN or infinity.
     """
     size = max(1, min(size, samples // LEAST_BATCHES))
     found = []
     for bound in _regrouped(program, batches, samples, size):
-        for name, x in bound.items():
-            if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise CalibrationError(
-                    f"Input {name!r} has NaN or infinite values. Repair those samples, or leave them out."
-                )
         # What was made in inference mode cannot take part in learning; a copy can.
         given = {name: x.clone() if x.is_inference() else x for name, x in bound.items()}
         found.append({name: x.to(program.device) for name, x in given.items()})
@@ -195,13 +192,14 @@ def _regrouped(program: Program, batches: Iterable[Any], samples: int, size: int
 
     for index, batch in enumerate(batches):
         bound = program.signature.bind(batch, where=f"Calibration batch {index}")
+        require_finite_inputs(bound, index)
         if not batched:
             yield bound
             seen += len(next(iter(bound.values())))
         else:
             bound = rows(bound, slice(samples - seen))
             seen += len(bound[min(batched)])
-            if waiting and not _fit(waiting, bound, batched):
+            if waiting and not can_be_joined(waiting, bound, batched):
                 yield waiting
                 made, waiting = made + 1, {}
             waiting = {n: torch.cat([waiting[n], x]) if waiting and n in batched else x for n, x in bound.items()}
@@ -214,11 +212,3 @@ def _regrouped(program: Program, batches: Iterable[Any], samples: int, size: int
             break
     if waiting and (made < LEAST_BATCHES or len(waiting[min(batched)]) > size // 2):  # few alone make a noisy step
         yield waiting
-
-
-def _fit(first: Mapping[str, Tensor], other: Mapping[str, Tensor], batched: frozenset[str]) -> bool:
-    """Whether two batches can be joined."""
-    return all(
-        x.shape[1:] == first[name].shape[1:] if name in batched else torch.equal(x, first[name])
-        for name, x in other.items()
-    )

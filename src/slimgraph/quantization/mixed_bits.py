@@ -208,9 +208,10 @@ class _Problem:
 
     def _noise_of(self, kind: str, name: str, bits: int) -> float:
         if (kind, name, bits) not in self.noise:
+            wanted = {*self.weight_bits} - {FLOAT} if kind == "weight" else {a for _, a in self.values}
             raise ConfigError(
                 f"The sensitivities lack the {kind} {name!r} with {bits} bits. Measure them: "
-                f"measure_sensitivity(…, {kind}_bits={sorted({*self.weight_bits} - {FLOAT})})."
+                f"measure_sensitivity(…, {kind}_bits={sorted(wanted)})."
             )
         return self.noise[kind, name, bits]
 

@@ -97,19 +97,28 @@ def _with_bits(target: Target, weight_bits: int | None, activation_bits: int | N
     return replace(target, weight=wanted_weight, activation=wanted_activation)
 
 
-def _taking_ranges_at_inference(target: Target) -> Target:
-    """The target with integers inside of single operators only: between two of them values are float."""
+def require_ranges_at_inference(target: Target, bits: int) -> None:
+    """Return if the target can take the ranges of activations of so many bits when the program runs.
+
+    Raises:
+        ConfigError: it cannot; the message says what can.
+    """
     if not target.dynamic:
         able = ", ".join(name for name, other in TARGETS.items() if other.dynamic)
         raise ConfigError(
             f"Target {target.name!r} has no operator that takes the range of its input at inference. Calibrate ranges "
             f"for it, or take one of {able}."
         )
-    if not target.any_bits and target.activation.bits != 8:
+    if not target.any_bits and bits != 8:
         raise ConfigError(
-            f"activation_bits is {target.activation.bits}, but ranges at inference are those of DynamicQuantizeLinear, "
-            "which has 8 bits. Leave it out, or take the target 'simulate'."
+            f"activation_bits is {bits}, but ranges at inference are those of DynamicQuantizeLinear, which has 8 bits. "
+            "Leave it out, or take the target 'simulate'."
         )
+
+
+def _taking_ranges_at_inference(target: Target) -> Target:
+    """The target with integers inside of single operators only: between two of them values are float."""
+    require_ranges_at_inference(target, target.activation.bits)
     return replace(
         target,
         anchors=target.dynamic,

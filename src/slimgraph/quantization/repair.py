@@ -11,12 +11,13 @@ from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.quantization.agreement import output_noise
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias, correct_weights, first_samples
+from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias, correct_weights
 from slimgraph.quantization.equalization import equalize
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import NEED_HISTOGRAM
 from slimgraph.quantization.reach import NARROW_BITS, with_best_reach
 from slimgraph.quantization.reconstruction import reconstruct
+from slimgraph.quantization.samples import first_batches
 from slimgraph.quantization.smoothing import ALPHAS, smooth
 
 _Batches: TypeAlias = Sequence[Mapping[str, Tensor]]
@@ -215,7 +216,7 @@ def best_repairs(
         algorithm: what will choose the ranges.
         bias: False tries no correction of biases.
     """
-    fitted, held_out = _halves(program, first_samples(program, batches, 2 * REPAIR_SAMPLES))
+    fitted, held_out = _halves(program, list(first_batches(program, batches, 2 * REPAIR_SAMPLES)))
     best = Repairs(bias=False)
     if not fitted:
         return ChosenRepairs(program=program, repairs=replace(best, bias=bias), noise={})

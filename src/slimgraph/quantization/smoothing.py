@@ -14,9 +14,10 @@ from slimgraph.quantization.apply import weight_scale
 from slimgraph.quantization.calibration import observe
 from slimgraph.quantization.channel_links import ChannelLink, Reader, channel_links
 from slimgraph.quantization.channel_ranges import ChannelRange, ChannelRanges, channel_ranges, reader_places
-from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, first_samples
+from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.rescale import LayerWeight, read_factors, rescale
+from slimgraph.quantization.samples import first_batches, first_samples
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -60,7 +61,7 @@ def smooth(
     chosen: dict[str, float | None] = {}
     factors: dict[str, Tensor] = {}
     if links:
-        used = first_samples(program, batches, samples)
+        used = list(first_batches(program, batches, samples))  # as they came, so that an error names the right one
         ranges = channel_ranges(program, reader_places(links), used)
         tried = {link.producer: {a: _factors(program, link, ranges, a) for a in strengths} for link in links}
         if isinstance(alpha, (int, float)):
@@ -124,7 +125,7 @@ def _errors(
     sums: dict[tuple[str, str, float | None], float] = {}
     energy: dict[tuple[str, str], float] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, _: int) -> None:
         for link, reader in by_value[name]:
             layer = _Layer(program, values[reader.layer], reader, rounded[reader.layer])
             exact = layer(x)

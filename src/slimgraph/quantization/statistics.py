@@ -37,17 +37,20 @@ class ValueStatistics:
         self.sample_abs_max_sum = 0.0
         self.histogram = StreamingHistogram() if histogram else None
 
-    def update(self, x: Tensor, *, name: str, pool: ThreadPoolExecutor | None = None) -> None:
-        """Take in one batch, samples along axis 0; a tensor without elements is skipped, a scalar is one sample.
+    def update(self, x: Tensor, *, name: str, batch: int | None = None, pool: ThreadPoolExecutor | None = None) -> None:
+        """Take in a batch or a part of one, samples along axis 0.
+
+        A tensor without elements is skipped, a scalar is one sample.
 
         Args:
             x: is read as float32.
             name: the value's, for the error.
+            batch: its number, for the error; None is that of the calls before.
             pool: threads that share the work.
         Raises:
-            CalibrationError: NaN or infinity in the batch, which is then not counted.
+            CalibrationError: NaN or infinity in what was given, which is then not counted.
         """
-        batch = self.batches
+        batch = self.batches if batch is None else batch
         self.batches += 1
         if x.numel() == 0:
             return
