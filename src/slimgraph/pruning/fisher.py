@@ -29,12 +29,22 @@ class Reading:
     """Of the operand."""
 
 
+def computed_values(program: Program) -> frozenset[fx.Node]:
+    """Values that depend on the inputs."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
 def readings(groups: Groups) -> list[Reading]:
     """Where the groups are summed over: an index that is zero there is one that is removed.
 
-    Of a product of two values that both have the indices, it is the first.
+    Of a product of two values that both have the indices, it is the first, or the one that depends on the inputs.
     """
     traced = groups.traced
+    computed = computed_values(traced.program)
     names = {groups.atoms[group.name]: group.name for group in groups.groups}
     found = []
     for node in traced.program.graph.nodes:
@@ -42,9 +52,8 @@ def readings(groups: Groups) -> list[Reading]:
             continue
         results = [node] if node in traced.axes else [user for user in node.users if user in traced.axes]
         done = {atom for result in results for tree in traced.of(result) for atom in atoms(tree)}
-        for operand in node.all_input_nodes:
-            if operand.op == "get_attr" or operand not in traced.axes:
-                continue
+        operands = [operand for operand in node.all_input_nodes if operand in traced.axes]
+        for operand in sorted(operands, key=lambda operand: operand not in computed):
             for axis, tree in enumerate(traced.of(operand)):
                 for atom in dict.fromkeys(atoms(tree)):
                     if atom in names and atom not in done:
