@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
@@ -732,3 +732,11 @@ def test_a_module_that_computes_differently_from_call_to_call_is_refused():
 def test_only_modules_are_captured():
     with pytest.raises(CaptureError, match=r"takes a torch\.nn\.Module, but got a function"):
         capture(lambda x: x, X)
+
+
+@pytest.mark.parametrize("name", ["code", "graph"])
+def test_a_layer_that_is_called_as_an_attribute_of_graph_modules_is_refused_with_what_to_do(name):
+    module = nn.Sequential(OrderedDict({name: nn.Linear(3, 2)}))
+    with pytest.raises(CaptureError, match=f"a layer called '{name}'.*another name"):
+        capture(module, torch.zeros(1, 3))
+    assert capture(nn.Sequential(module), torch.zeros(1, 3)).layers == (f"0.{name}",)

@@ -239,6 +239,12 @@ def _traced(module: nn.Module, call: _Call, free_axes: Mapping[tuple[str, int], 
     except Exception as error:  # whatever the user's code raises, and a dozen unrelated classes of torch.export's own
         raise CaptureError(f"{type(module).__name__} cannot be captured{_place(error)}: {_summary(error)}") from error
     _refuse_data_dependent_outputs(exported, type(module).__name__)
+    for name, _ in module.named_children():
+        if hasattr(fx.GraphModule, name):
+            raise CaptureError(
+                f"{type(module).__name__} has a layer called {name!r}, which is also an attribute of the class that "
+                "PyTorch puts captured modules in. Give the layer another name, or put the module into another one."
+            )
     program = flatten(exported, free_axes, call.positional)
     leaves = {name for name, part in module.named_modules() if not any(part.children())}
     name_captured_graph(program.graph, leaves)
