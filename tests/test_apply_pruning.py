@@ -213,3 +213,48 @@ def test_shuffled_channels_are_chosen_one_by_one_in_what_is_left():
         counts = [sum(p.numel() for p in each.parameters()) for each in (program, pruned, twice)]
         assert counts[0] > counts[1] > counts[2]
         assert twice(torch.randn(5, 3, 4, 4)).shape == (5, 2)
+
+
+class Positions(nn.Module):
+    """Tables that are made in the type in which one computes, said or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.place, self.head = nn.Linear(3, 6), nn.Linear(2, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        table = torch.cat([torch.zeros(5, 1), torch.arange(5, dtype=torch.float32).unsqueeze(1)], dim=1)
+        return self.head(self.stem(x) + self.place(table))
+
+
+def test_the_proof_computes_in_double_what_a_program_makes_of_numbers():
+    program = capture(Positions().eval(), torch.randn(1, 5, 3))
+    groups = find_groups(program)
+    assert [group.size for group in groups.groups] == [6]
+    apply_pruning(program, plan_removal(groups, half(groups)), groups=groups)
+
+
+class Folded(nn.Module):
+    """Heads that are folded into the batch, as attention of PyTorch does, with a norm in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.norm, self.head = (
+            nn.Linear(3, 12),
+            nn.Linear(3, 12),
+            nn.LayerNorm(3),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        q, k = (f(x).reshape(-1, 5, 4, 3).transpose(1, 2).reshape(-1, 5, 3) for f in (self.query, self.key))
+        scores = torch.bmm(self.norm(q), k.transpose(1, 2)).reshape(-1, 4, 5, 5)
+        return self.head(scores.permute(0, 2, 3, 1))
+
+
+def test_heads_that_are_folded_into_the_batch_can_go():
+    program = capture(Folded().eval(), torch.randn(1, 5, 3))
+    groups = find_groups(program, norm_axes=True)
+    assert sorted(group.size for group in groups.groups) == [3, 4]
+    pruned = apply_pruning(program, plan_removal(groups, half(groups), norm_axes=True), groups=groups)
+    assert pruned(torch.randn(3, 5, 3)).shape == (3, 5, 5, 2)

@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimgraph.program.capture import capture
+from slimgraph.pruning.apply import apply_pruning
 from slimgraph.pruning.groups import find_groups
+from slimgraph.pruning.kept import plan_removal
 from slimgraph.pruning.slices import owners
 
 
@@ -218,3 +220,75 @@ def test_channels_that_are_shuffled_go_where_their_order_takes_them():
 def test_channels_that_a_grouped_convolution_makes_are_shuffled_as_factors():
     layers = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1, groups=2), nn.ChannelShuffle(2), nn.Conv2d(8, 2, 1))
     assert sorted(group.size for group in groups_of(layers, 3, 4, 4).groups) == [2, 3, 4]
+
+
+class Standardized(nn.Module):
+    """Convolutions of weights that are normalized over all that makes an output, as in NFNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.gain = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3), nn.Parameter(torch.ones(6))
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        weight = self.second.weight
+        normed = F.batch_norm(weight.reshape(1, 6, -1), None, None, weight=self.gain * 0.3, training=True)
+        return self.head(F.conv2d(self.first(x), normed.reshape_as(weight), self.second.bias))
+
+
+def test_the_inputs_of_a_standardized_weight_are_an_axis_that_a_norm_runs_over():
+    assert sizes(groups_of(Standardized(), 3, 8, 8)) == {"second.weight:0": 6}
+    found = groups_of(Standardized(), 3, 8, 8, norm_axes=True)
+    assert sizes(found) == {"first.weight:0": 4, "second.weight:0": 6}
+    assert members(found, "second.weight:0") > {("gain", 0), ("second.bias", 0)}
+    removed = {"first.weight:0": (1,), "second.weight:0": (0, 5)}
+    apply_pruning(found.traced.program, plan_removal(found, removed, norm_axes=True), groups=found)  # proves it
+
+
+class Mixed(nn.Module):
+    """Queries, keys and values of four heads behind one another, one index of each kind in each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.other, self.head = nn.Linear(5, 24), nn.Linear(24, 24), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.qkv(x)
+        x = torch.cat([x, self.other(x)], dim=-1).unflatten(-1, (8, 6))
+        q, k, v = x.chunk(3, dim=-1)
+        return self.head(((q @ k.transpose(-2, -1)).relu() @ v).flatten(-2))
+
+
+def test_a_factor_that_is_cut_into_single_indices_stays_whole():
+    found = groups_of(Mixed(), 5, 5)
+    assert found.unknown == {}
+    removed = {group.name: (0,) for group in found.groups}
+    apply_pruning(found.traced.program, plan_removal(found, removed), groups=found)
+
+
+class Windows(nn.Module):
+    """Windows around each pixel, weighed and added up again, as outlook attention does; then windows as a last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.weigh, self.mix, self.head = (
+            nn.Conv2d(3, 6, 1),
+            nn.Linear(9, 9),
+            nn.Conv2d(6, 4, 1),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        x = self.value(x)
+        columns = F.unfold(x, 3, padding=1).unflatten(1, (6, 9))
+        columns = self.weigh(columns.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
+        x = self.mix(F.fold(columns, (4, 4), 3, padding=1))
+        return self.head(x.unfold(2, 2, 2).unfold(3, 2, 2).amax((2, 3, 4, 5)))
+
+
+def test_windows_are_an_inner_factor_that_stays():
+    found = groups_of(Windows(), 3, 4, 4)
+    assert found.unknown == {}
+    assert sizes(found) == {"value.weight:0": 6, "mix.weight:0": 4}
+    removed = {"value.weight:0": (1, 4), "mix.weight:0": (0,)}
+    apply_pruning(found.traced.program, plan_removal(found, removed), groups=found)

@@ -154,10 +154,11 @@ def _pieces(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     given = edit.arguments(node)
     axis = int(given["dim"]) % len(kept.traced.axes[node.args[0]])  # type: ignore[index]
     readers = [user for user in node.users if user.op == "call_function"]
+    if kept.is_whole(tree := kept.traced.of(node.args[0])[axis]):  # type: ignore[arg-type]
+        return
     counts = {int(user.args[1]): kept.count(kept.traced.of(user)[axis]) for user in readers}  # type: ignore[arg-type]
     before = [value.shape[axis] for value in kept.traced.values[node]]
-    whole = kept.mask(kept.traced.of(node.args[0])[axis])  # type: ignore[arg-type]
-    sizes = [int(piece.sum()) for piece in torch.split(whole, before)]
+    sizes = [int(piece.sum()) for piece in torch.split(kept.mask(tree), before)]
     assert all(sizes[index] == count for index, count in counts.items())
     if sizes != before:
         twin.target = aten.split_with_sizes.default
@@ -170,9 +171,9 @@ def _slice(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     given = edit.arguments(node)
     source: Any = node.args[0]
     axis = int(given.get("dim") or 0) % len(kept.traced.axes[source])
-    keep = kept.mask(kept.traced.of(source)[axis])
-    if bool(keep.all()):
+    if kept.is_whole(tree := kept.traced.of(source)[axis]):
         return
+    keep = kept.mask(tree)
     size = len(keep)
     start = given.get("start") or 0
     start = min(max(start + size if start < 0 else start, 0), size)
@@ -215,9 +216,9 @@ def _groups_of_shuffle(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
 
 def _choose(kept: Kept, shuffle: Shuffle, pruned: Program, twins: dict[fx.Node, fx.Node]) -> None:
     """Say index by index what stands where in a shuffled axis that is no product any more."""
-    keep = kept.mask(kept.traced.of(shuffle.source)[shuffle.axis])
-    if bool(keep.all()):
+    if kept.is_whole(tree := kept.traced.of(shuffle.source)[shuffle.axis]):
         return
+    keep = kept.mask(tree)
     order = torch.tensor(shuffle.order)
     places = keep.cumsum(0) - 1
     end = twins[shuffle.end]
@@ -250,7 +251,13 @@ _REWRITES: Mapping[Any, _Rewrite] = MappingProxyType(
             (
                 *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int),
                 *(aten.expand.default, aten.broadcast_to.default, aten.zeros.default, aten.ones.default),
-                *(aten.full.default, aten.new_zeros.default, aten.empty.memory_format),
+                *(
+                    aten.full.default,
+                    aten.new_zeros.default,
+                    aten.new_ones.default,
+                    aten.new_full.default,
+                    aten.empty.memory_format,
+                ),
             ),
             _sizes,
         ),

@@ -74,13 +74,15 @@ def size_of(tree: Tree) -> int:
 
 
 def product(*trees: Tree) -> Tree:
-    """One axis of several, the slowest first; factors of one index are left out."""
+    """One axis of several, the slowest first; factors of one index are left out, and so that index has to stay."""
     parts: list[Tree] = []
     for tree in map(resolved, trees):
         if isinstance(tree, Prod):
             parts += tree.parts
         elif size_of(tree) != 1:
             parts.append(tree)
+        else:
+            pin(tree, "a factor of one index")
     return parts[0] if len(parts) == 1 else Prod(tuple(parts)) if parts else Atom(1)
 
 
@@ -293,7 +295,7 @@ def factor_inner(tree: Tree, count: int) -> tuple[Tree, Tree]:
                 _unify(fastest, shared)
             for segment, _ in pieces:
                 if size_of(segment) == 1:
-                    pin(segment, "a segment of a concatenation")
+                    pin(segment, "a factor of one index")
             return concatenation(*(outer for outer, _ in pieces)), resolved(shared)
         case Pick():
             raise MixedRadixError("the axes are told already")

@@ -112,7 +112,7 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
             for atom in dict.fromkeys(atoms(tree)):
                 hard = atom.pins - {NORM}
                 if atom.size == 1 or hard or (atom.pins and not norm_axes):
-                    if trained and tensor.dim() > 1:
+                    if trained and tensor.dim() > 1 and atom.size > 1:
                         for owner in owners:
                             reasons[owner].update(dict.fromkeys(sorted(atom.pins)))
                     continue

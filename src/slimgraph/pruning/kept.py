@@ -1,5 +1,6 @@
 """Which indices stay, of groups and of everything that is made of them."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
-from slimgraph.pruning.axes import Atom, Tree, mask
+from slimgraph.pruning.axes import Atom, Cat, Prod, Tree, atoms, mask, resolved
 from slimgraph.pruning.groups import Groups
 from slimgraph.pruning.plan import PrunedGroup, PruningPlan
+from slimgraph.pruning.trace import BATCH
 
 
 def plan_removal(groups: Groups, removed: Mapping[str, tuple[int, ...]], *, norm_axes: bool = False) -> PruningPlan:
@@ -49,13 +51,30 @@ class Kept:
             keep[list(pruned.removed)] = False
             self.atoms[groups.atoms[pruned.name]] = keep
 
-    def mask(self, tree: Tree) -> Tensor:
-        """Which indices of an axis stay, as bool[size]."""
-        return mask(tree, self.atoms)
+    def mask(self, tree: Tree, *, batch: int = BATCH) -> Tensor:
+        """Which indices of an axis stay, as bool[size], with `batch` samples where these are a part of it."""
+        whole = {
+            atom: torch.ones(atom.size // BATCH * batch, dtype=torch.bool)
+            for atom in atoms(tree)
+            if batch != BATCH and atom.size % BATCH == 0
+        }
+        return mask(tree, {**self.atoms, **whole} if whole else self.atoms)
+
+    def is_whole(self, tree: Tree) -> bool:
+        """Whether all indices of an axis stay."""
+        return not any(atom in self.atoms for atom in atoms(tree))
 
     def count(self, tree: Tree) -> int:
-        """How many indices of an axis stay."""
-        return int(self.mask(tree).sum())
+        """How many indices of an axis stay, which may be a long one, with the batch as a factor."""
+        match resolved(tree):
+            case Prod(parts):
+                return math.prod(map(self.count, parts))
+            case Cat(parts):
+                return sum(map(self.count, parts))
+            case Atom(size=size) as atom if atom not in self.atoms:
+                return size
+            case leaf:
+                return int(self.mask(leaf).sum())
 
     def masks(self, node: fx.Node) -> list[Tensor]:
         """Which indices of each axis of a value stay."""
@@ -68,7 +87,8 @@ class Kept:
         for node in program.graph.find_nodes(op="get_attr"):
             if node not in self.traced.axes or edit.constant_of(program.graph_module, node) is None:
                 continue
-            for axis, keep in enumerate(self.masks(node)):
-                if not bool(keep.all()):
-                    found.setdefault(str(node.target), {})[axis] = tuple(keep.nonzero().flatten().tolist())
+            for axis, tree in enumerate(self.traced.of(node)):
+                if not self.is_whole(tree):
+                    indices = self.mask(tree).nonzero().flatten().tolist()
+                    found.setdefault(str(node.target), {})[axis] = tuple(indices)
         return found

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ProgramError
+from slimgraph.program.cast import compute_in
 from slimgraph.program.program import Program
 from slimgraph.pruning.kept import Kept
 from slimgraph.pruning.plan import PruningPlan
+from slimgraph.pruning.rules_layers import is_of_input
 
 aten = torch.ops.aten
 
@@ -19,7 +21,10 @@ TOLERANCE = 1e-9
 """Of the range of an output: float64 rounding in another order stays far below it."""
 
 _SAMPLES = 2
-_NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
+_NORMS = (
+    *(aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default),
+    *(aten.batch_norm.default, aten.instance_norm.default),
+)
 # Everywhere else an index either goes through or is read by itself.
 _READERS = frozenset(
     {
@@ -74,6 +79,7 @@ def largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
 
 def _in_double(program: Program) -> Program:
     result = program.copy().eval()
+    compute_in(result.graph, torch.float64)
     for node in result.graph.nodes:
         node.meta.pop("val", None)  # an example of each value, which it takes longer to retype than to compute
     return result.double()
@@ -121,24 +127,21 @@ class _Masked(fx.Interpreter):
             return [self._zeroed(each, one) for each, one in zip(operand, value, strict=True)]
         if not isinstance(operand, fx.Node) or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        for axis, keep in enumerate(self._kept.masks(self._originals[operand])):
-            if not bool(keep.all()):
+        for axis, tree in enumerate(self._kept.traced.of(self._originals[operand])):
+            if not self._kept.is_whole(tree):
+                keep = self._kept.mask(tree, batch=_SAMPLES)
                 value = value * keep.to(value).reshape([-1 if other == axis else 1 for other in range(value.dim())])
         return value
 
     def _norm(self, n: fx.Node) -> Any:
         """The norm of the kept indices, put back in their places; whatever stands at the others is masked later."""
         operand: Any = n.args[0]
-        masks = self._kept.masks(self._originals[operand])
-        if all(bool(keep.all()) for keep in masks):
+        axes = self._kept.traced.of(self._originals[operand])
+        if all(map(self._kept.is_whole, axes)) or not is_of_input(n):
             return super().run_node(n)
         given: Any = fx.map_arg(edit.arguments(n), self.env.__getitem__)
         x = given["input"]
-        # The batch was traced with another size; nothing of it is removed.
-        stays = [
-            keep if len(keep) == size else torch.ones(size, dtype=torch.bool)
-            for keep, size in zip(masks, x.shape, strict=True)
-        ]
+        stays = [self._kept.mask(tree, batch=_SAMPLES) for tree in axes]
         places = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays), indexing="ij")
         small = x[places]
         weight, bias = given.get("weight"), given.get("bias")
@@ -147,6 +150,12 @@ class _Masked(fx.Interpreter):
             groups = self._groups(n, channels)
             weight, bias = (None if vector is None else vector[channels] for vector in (weight, bias))
             new = F.group_norm(small, groups, weight, bias, given["eps"])
+        elif n.target in (aten.batch_norm.default, aten.instance_norm.default):
+            weight, bias = (None if vector is None else vector[stays[1]] for vector in (weight, bias))
+            if n.target is aten.batch_norm.default:
+                new = F.batch_norm(small, None, None, weight, bias, training=True, eps=given["eps"])
+            else:
+                new = F.instance_norm(small, weight=weight, bias=bias, eps=given["eps"])
         else:
             count = len(given["normalized_shape"])
             lasts = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays[-count:]), indexing="ij")

@@ -188,7 +188,10 @@ _REDUCTIONS = (
     *("var_mean.correction", "linalg_vector_norm.default", "norm.ScalarOpt_dim", "any.dim", "all.dim"),
     *("argmax.default", "argmin.default"),
 )
-_CONSTANTS = ("zeros.default", "ones.default", "full.default", "empty.memory_format", "new_zeros.default")
+_CONSTANTS = (
+    *("zeros.default", "ones.default", "full.default", "empty.memory_format", "new_zeros.default", "new_ones.default"),
+    "new_full.default",
+)
 _POSITIONS = (
     "arange.default",
     "arange.start",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import slimgraph.program.edit as edit
 from slimgraph.pruning.axes import Atom, Tree, concatenation, factor_inner, pin, product, size_of, unify
 from slimgraph.pruning.trace import Axes, Rule, Trace
 
@@ -89,15 +90,19 @@ def batch_norm(trace: Trace, node: fx.Node) -> Axes:
     axes = trace.axes(node.args[0])
     names = ("weight", "bias", "running_mean", "running_var")
     _unify_vectors(trace, axes[1], *(given.get(name) for name in names))
-    of_input = (
-        given.get("training") is True or given.get("use_input_stats") is True or given.get("running_mean") is None
-    )
-    if of_input:
+    if is_of_input(node):
         per_sample = "instance_norm" in str(node.target)
         for axis, tree in enumerate(axes):
             if axis != 1 and not (per_sample and axis == 0):
-                pin(tree, "a norm runs over it")
+                pin(tree, NORM)
     return trace.axes(node.args[0])
+
+
+def is_of_input(norm: fx.Node) -> bool:
+    """Whether a norm takes its statistics from its input, also where it is no training; of weights, for one."""
+    given = edit.arguments(norm)
+    stored = given.get("training") is not True and given.get("use_input_stats") is not True
+    return not stored or given.get("running_mean") is None
 
 
 def group_norm(trace: Trace, node: fx.Node) -> Axes:

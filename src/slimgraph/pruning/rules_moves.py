@@ -1,5 +1,6 @@
 """Operators that move numbers about without computing any."""
 
+import math
 import operator
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -42,7 +43,7 @@ def reshape(trace: Trace, node: fx.Node) -> Axes:
 
 
 def _is_loose(trace: Trace, source: fx.Node, axis: int) -> bool:
-    """Whether an axis that is shuffled has no factors, as what a grouped convolution makes has: they would tell more."""
+    """Whether a shuffled axis has no factors, as those of a grouped convolution, which would tell more."""
     tree = trace.axes(source)[axis]
     return not isinstance(tree, Prod) and not is_pinned(tree)
 
@@ -334,6 +335,34 @@ def _whole(axes: list[Tree], shape: list[int]) -> Axes:
     return made
 
 
+def image_to_columns(trace: Trace, node: fx.Node) -> Axes:
+    """The window around each position becomes the inner factor of the channels."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    window = Atom(math.prod(trace.number(trace.given(node)["kernel_size"])))
+    pin(window, "spatial")
+    for tree in axes[-2:]:
+        pin(tree, "spatial")
+    return [*axes[:-3], product(axes[-3], window), *_whole([], shape[-1:])]
+
+
+def columns_to_image(trace: Trace, node: fx.Node) -> Axes:
+    """Windows, which are the inner factor of the channels, are added up at their positions."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    channels, window = factor_inner(axes[-2], math.prod(trace.number(trace.given(node)["kernel_size"])))
+    pin(window, "spatial")
+    pin(axes[-1], "spatial")
+    return [*axes[:-2], channels, *_whole([], shape[-2:])]
+
+
+def windows(trace: Trace, node: fx.Node) -> Axes:
+    """An axis is cut into windows that may overlap, with what is in each on a new last axis."""
+    axes, shape = trace.axes(node.args[0]), trace.shape(node)
+    axis = int(trace.given(node)["dimension"]) % len(axes)
+    pin(axes[axis], "spatial")
+    number, inside = _whole([], [shape[axis], shape[-1]])
+    return [*axes[:axis], number, *axes[axis + 1 :], inside]
+
+
 def channel_shuffle(trace: Trace, node: fx.Node) -> Axes:
     """Groups and what is in them change places."""
     axes = trace.axes(node.args[0])
@@ -405,6 +434,9 @@ RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.pixel_shuffle.default: pixel_shuffle,
         aten.pixel_unshuffle.default: pixel_unshuffle,
         aten.channel_shuffle.default: channel_shuffle,
+        aten.im2col.default: image_to_columns,
+        aten.col2im.default: columns_to_image,
+        aten.unfold.default: windows,
         aten.meshgrid.default: meshgrid,
         aten.meshgrid.indexing: meshgrid,
     }
