@@ -67,7 +67,7 @@ def test_a_concatenation_is_a_product_where_every_segment_is():
 def test_blocks_that_start_within_a_segment_are_alike():
     a, b = Atom(3), Atom(5)
     outer, inner = factor_inner(Cat((a, b)), 4)
-    assert list(atoms(outer))[0].pins == {"blocks across a concatenation"}
+    assert next(iter(atoms(outer))).pins == {"blocks across a concatenation"}
     keep = {
         atom: torch.tensor([index != 1]) if atom.size == 1 else torch.tensor([False, True, True])
         for index, atom in enumerate(dict.fromkeys(atoms(inner)))
