@@ -76,7 +76,7 @@ NET = """
 def test_these_are_the_commands():
     assert sorted(COMMANDS) == [
         *("analyze", "bench", "compress", "convert", "demo", "doctor", "evaluate", "groups", "inspect", "prune"),
-        *("sensitivity", "targets", "verify"),
+        *("sensitivity", "sparsify", "targets", "verify"),
     ]
 
 

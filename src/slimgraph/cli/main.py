@@ -22,6 +22,7 @@ from slimgraph.cli.groups import groups
 from slimgraph.cli.inspect import inspect
 from slimgraph.cli.prune import prune
 from slimgraph.cli.sensitivity import sensitivity
+from slimgraph.cli.sparsify import sparsify
 from slimgraph.cli.targets import targets
 from slimgraph.cli.verify import verify
 
@@ -66,7 +67,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(demo, inspect, compress, analyze, groups, sensitivity, prune),
+    *(demo, inspect, compress, analyze, groups, sensitivity, prune, sparsify),
     *(evaluate, bench, convert, verify, doctor, targets),
 ):
     app.command()(_command)
