@@ -46,9 +46,8 @@ def find_transformer(groups: Groups) -> Transformer:
     heads, feed_forward = _heads(groups), _feed_forward(groups)
     if not heads and not feed_forward:
         raise ProgramError(
-            "The program has no attention with heads or feed-forward layers that could be pruned: no product of two "
-            "computed matrices is done for each index of a group. `slimgraph groups` shows what it has; slimgraph.prune "
-            "takes channels of any kind."
+            "The program has no attention whose heads, and no feed-forward layer beside attention whose neurons, could "
+            "be pruned. `slimgraph groups` shows what it has; slimgraph.prune takes channels of any kind."
         )
     return Transformer(heads=heads, feed_forward=feed_forward)
 
