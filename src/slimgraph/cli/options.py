@@ -20,8 +20,8 @@ Input = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        metavar="[NAME=]SHAPE[:DTYPE]",
-        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64; sizes that an ONNX or Paddle file leaves "
+        metavar="SHAPE",
+        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64 ([NAME=]SHAPE[:DTYPE]); sizes that an ONNX or Paddle file leaves "
         "open (0 leaves one open, and 1 the batch). Once for each input.",
         show_default=False,
     ),
@@ -39,14 +39,19 @@ Params = Annotated[
         show_default=False,
     ),
 ]
-Data = Annotated[
-    str,
+_DATA = (
+    "An .npz, in which uint8 arrays of 1 or 3 channels are pictures, others numbers as the model takes "
+    "them; a folder of class folders of images; a list of `path label` lines; module:callable; or digits. "
+    "data.npz[:256] takes the first 256 samples."
+)
+Data = Annotated[str, typer.Option("--data", metavar="SPEC", help=_DATA)]
+CalibrationData = Annotated[
+    str | None,
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="An .npz, in which uint8 arrays of 1 or 3 channels are pictures, others numbers as the model takes "
-        "them; a folder of class folders of images; a list of `path label` lines; module:callable; or digits. "
-        "data.npz[:256] takes the first 256 samples.",
+        help=f"{_DATA} Needed but for --weights-only, which rounds by GPTQ if there are some, and for --dynamic.",
+        show_default=False,
     ),
 ]
 Target = Annotated[
