@@ -119,3 +119,11 @@ def test_dropout_within_attention_drops_in_training_only():
 def test_a_program_without_attention_stays_what_it_is():
     program = captured("ConvChain")
     assert operators(spell_out_attention(program)) == operators(program)
+
+
+@pytest.mark.parametrize("leading", [(), (3, 2)])
+def test_attention_with_no_axis_of_heads_or_one_more_is_exported(leading, tmp_path):
+    inputs = tuple(torch.randn(2, *leading, 5, 8) for _ in range(3))
+    program = capture(Attention(), inputs)
+    export_onnx(program, tmp_path / "model.onnx")
+    assert check_export(program, tmp_path / "model.onnx", inputs).output_error < 1e-5

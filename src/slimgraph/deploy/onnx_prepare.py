@@ -11,6 +11,7 @@ from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import Program
 from slimgraph.program.qdq import DEQUANTIZE, QUANTIZE
 from slimgraph.program.simplify import remove_dropout
+from slimgraph.program.spell_attention import spell_out_attention
 
 aten = torch.ops.aten
 
@@ -24,6 +25,9 @@ def prepare_for_onnx(program: Program) -> Program:
     beside half-precision inputs: a file that no runtime loads (onnxscript 0.7).
     """
     prepared = remove_dropout(fold_batch_norm(program))
+    attentions = prepared.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    if not all(map(_has_one_batch_axis, attentions)):
+        prepared = spell_out_attention(prepared, keep=_has_one_batch_axis)
     for node in list(prepared.graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
@@ -35,6 +39,11 @@ def prepare_for_onnx(program: Program) -> Program:
             _clip_to_codes(node)
     _keep_off_invented_names(prepared)
     return edit.finish(prepared)
+
+
+def _has_one_batch_axis(attention: fx.Node) -> bool:
+    """Whether attention is of (batch, heads, positions, width): the exporter knows no other (PyTorch 2.13)."""
+    return bool(attention.meta["val"].dim() == 4)
 
 
 def _contiguous(node: fx.Node) -> None:

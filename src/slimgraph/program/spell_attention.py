@@ -1,6 +1,7 @@
 """Spell attention out as the matrix products, the softmax and the masks that it is made of."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from slimgraph.program.program import HistoryEntry, Program
 aten = torch.ops.aten
 
 
-def spell_out_attention(program: Program) -> Program:
+def spell_out_attention(program: Program, *, keep: Callable[[fx.Node], bool] = lambda _: False) -> Program:
     """A program whose `scaled_dot_product_attention` are products, softmax and dropout; it computes the same.
 
     Quantizers can then stand inside of it. The last product bears the name of the operator that it replaces, `attend`
     say; before it stand `attend/scores`, `attend/scaled`, `attend/masked`, `attend/probabilities` and more, as far as
-    there are such steps. A query that may attend to nothing gets zeros, as in PyTorch, and not NaN.
+    there are such steps. A query that may attend to nothing gets zeros, as in PyTorch, and not NaN. Operators for which
+    `keep` is true stay.
     """
     spelled = program.copy()
-    attentions = spelled.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    found = spelled.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    attentions = [node for node in found if not keep(node)]
     taken = set(spelled.values)
     for node in attentions:
         _spell_out(node, _Steps(node, taken))
