@@ -292,3 +292,25 @@ def test_windows_are_an_inner_factor_that_stays():
     assert sizes(found) == {"value.weight:0": 6, "mix.weight:0": 4}
     removed = {"value.weight:0": (1, 4), "mix.weight:0": (0,)}
     apply_pruning(found.traced.program, plan_removal(found, removed), groups=found)
+
+
+class InPlace(nn.Module):
+    """A part that is written over in place, and one index."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other, self.head = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x, other = self.stem(x), self.other(x)
+        x[:, 1:] += other[:, 1:]
+        x[:, 0] = other[:, 0]
+        return self.head(x)
+
+
+def test_what_is_written_in_place_is_tied_to_where_it_goes():
+    found = groups_of(InPlace(), 5, 3)
+    assert found.unknown == {}
+    assert sizes(found) == {"stem.weight:0": 6}
+    assert ("other.weight", 0) in members(found, "stem.weight:0")
+    apply_pruning(found.traced.program, plan_removal(found, {"stem.weight:0": (1, 2)}), groups=found)

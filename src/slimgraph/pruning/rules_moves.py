@@ -230,6 +230,16 @@ def slice_scatter(trace: Trace, node: fx.Node) -> Axes:
     return trace.axes(node.args[0])
 
 
+def select_scatter(trace: Trace, node: fx.Node) -> Axes:
+    """One index of an axis is overwritten: the axis stays whole, all others are shared."""
+    axes, written = trace.axes(node.args[0]), trace.axes(node.args[1])
+    axis = int(trace.given(node)["dim"]) % len(axes)
+    pin(axes[axis], "taken apart")
+    for ours, theirs in zip((*axes[:axis], *axes[axis + 1 :]), written, strict=True):
+        unify(ours, theirs)
+    return trace.axes(node.args[0])
+
+
 def getitem(trace: Trace, node: fx.Node) -> Axes | None:
     """One of several results."""
     found = trace.env.get(node.args[0])  # type: ignore[arg-type]
@@ -420,6 +430,7 @@ RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.slice.Tensor: slice_,
         aten.narrow.default: slice_,
         aten.slice_scatter.default: slice_scatter,
+        aten.select_scatter.default: select_scatter,
         operator.getitem: getitem,
         aten.pad.default: pad,
         aten.constant_pad_nd.default: pad,
