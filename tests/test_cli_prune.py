@@ -60,6 +60,36 @@ def test_prune_writes_the_program_the_file_the_plan_and_the_report(wide, tmp_pat
     assert found["flops_removed"] == report["flops_removed"] >= 0.45
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.qkv, self.out = nn.Linear(3, 8), nn.Linear(8, 48), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        q, k, v = self.qkv(x).reshape(-1, 5, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 5, 16)
+        x = self.norm(x + self.out(attended))
+        return self.last(self.norm(x + self.down(self.up(x).relu()))).mean(dim=1)
+
+
+def test_heads_and_neurons_of_a_transformer_go_by_the_part(tmp_path):
+    model, out = tmp_path / "attending.pt2", tmp_path / "out"
+    save(capture(Attending().eval(), torch.zeros(2, 5, 3)), model)
+    data = write_npz(tmp_path / "some.npz", x=np.random.default_rng(0).random((16, 5, 3), dtype=np.float32))
+    options = ("--heads-removed", "0.5", "--feed-forward-removed", "0.25", "--out", out)
+    result = run("prune", model, *options, "--data", data)
+    assert result.exit_code == 0, result.stderr
+    shapes = {name: tuple(tensor.shape) for name, tensor in load(out / "model.pt2").state_dict().items()}
+    assert (shapes["out.weight"], shapes["down.weight"]) == ((8, 8), (8, 24))
+    clash = run("prune", model, *options, "--flops-removed", "0.5")
+    assert clash.exit_code == 2
+    assert "leave out --flops-removed" in clash.stderr
+    assert "reads gradients" in run("prune", model, *options[:4], "--out", tmp_path / "other").stderr
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -10,6 +10,7 @@ from slimgraph.cli.given import ModelOptions, look, require_output_folder
 from slimgraph.cli.groups import NormAxes
 from slimgraph.cli.options import ModelArgument, Seed, Threads
 from slimgraph.cli.samples import SampleOptions, open_samples
+from slimgraph.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimgraph.auto.pruned import Pruned
@@ -23,8 +24,32 @@ def prune(
     samples: SampleOptions,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the result; made if it is missing.")],
     flops_removed: Annotated[
-        float, typer.Option("--flops-removed", metavar="PART", help="The part of the FLOPs that is to go at least.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--flops-removed",
+            metavar="PART",
+            help="The part of the FLOPs that is to go at least.",
+            show_default="0.5",
+        ),
+    ] = None,
+    heads_removed: Annotated[
+        float,
+        typer.Option(
+            "--heads-removed",
+            metavar="PART",
+            help="Of a transformer: the part of the heads that goes, in place of a part of the FLOPs.",
+            show_default=False,
+        ),
+    ] = 0.0,
+    feed_forward_removed: Annotated[
+        float,
+        typer.Option(
+            "--feed-forward-removed",
+            metavar="PART",
+            help="Of a transformer: the part of the feed-forward neurons that goes.",
+            show_default=False,
+        ),
+    ] = 0.0,
     by: Annotated[
         str,
         typer.Option(
@@ -34,19 +59,21 @@ def prune(
         ),
     ] = "macs",
     criterion: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--criterion",
-            help="What matters: l1_norm, l2_norm, geometry_median, bn_scale, taylor (reads --data) or random.",
+            help="What matters: l1_norm, l2_norm, geometry_median, bn_scale, taylor or fisher (both read --data) or "
+            "random.",
+            show_default="l2_norm, or fisher for heads and feed-forward neurons",
         ),
-    ] = "l2_norm",
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
             "--allocation",
             help="global ranks all channels of the model; uniform takes the same part of each layer; sensitive takes "
             "of each what loses the same, by --sensitivity.",
-            show_default="global, or sensitive with --sensitivity",
+            show_default="global, sensitive with --sensitivity, or uniform for heads and feed-forward neurons",
         ),
     ] = None,
     sensitivity: Annotated[
@@ -72,7 +99,7 @@ def prune(
         typer.Option(
             "--data",
             metavar="SPEC",
-            help="As for compress. Statistics of batch norms are estimated anew on it, and taylor reads it.",
+            help="As for compress. Statistics of batch norms are estimated anew on it, and taylor and fisher read it.",
             show_default=False,
         ),
     ] = None,
@@ -80,7 +107,8 @@ def prune(
         str | None,
         typer.Option(
             "--loss",
-            help="For taylor, with labels in --data: cross_entropy, mse, … Without it the model is its own teacher.",
+            help="For taylor and fisher, with labels in --data: cross_entropy, mse, … Without it the model is its own "
+            "teacher.",
             show_default=False,
         ),
     ] = None,
@@ -100,6 +128,12 @@ def prune(
     seed: Seed = 0,
 ) -> Answer:
     """Prune MODEL: writes model.pt2, model.onnx, plan.json and report.json. Train the result a little afterwards."""
+    by_parts = bool(heads_removed or feed_forward_removed)
+    if by_parts and (flops_removed is not None or by != "macs" or sensitivity is not None):
+        raise ConfigError(
+            "--heads-removed and --feed-forward-removed say by themselves how much goes: leave out --flops-removed, "
+            "--by and --sensitivity."
+        )
     require_output_folder(out)
     look([model], given, data=[data])
     from slimgraph.auto.pruned import write_pruned
@@ -108,6 +142,7 @@ def prune(
     from slimgraph.pruning.batch_norm import batch_norms, reestimate_batch_norm
     from slimgraph.pruning.groups import find_groups
     from slimgraph.pruning.prune import plan_pruning
+    from slimgraph.pruning.transformer import plan_transformer_pruning
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
@@ -116,21 +151,37 @@ def prune(
         progress("Following the axes")
         groups = find_groups(program, norm_axes=norm_axes)
         progress("Choosing what goes")
-        plan = plan_pruning(
-            program,
-            flops_removed=flops_removed,
-            criterion=criterion,
-            allocation=allocation or ("global" if sensitivity is None else "sensitive"),  # type: ignore[arg-type]
-            sensitivity=sensitivity,
-            by=by,  # type: ignore[arg-type]
-            threads=threads,
-            data=batches,
-            loss=loss,
-            skip=skip or [],
-            norm_axes=norm_axes,
-            multiple_of=multiple_of,
-            seed=seed,
-            groups=groups,
+        plan = (
+            plan_transformer_pruning(
+                program,
+                heads_removed=heads_removed,
+                feed_forward_removed=feed_forward_removed,
+                criterion=criterion or "fisher",
+                allocation=allocation or "uniform",  # type: ignore[arg-type]  # checked there
+                data=batches,
+                loss=loss,
+                skip=skip or [],
+                multiple_of=multiple_of,
+                seed=seed,
+                groups=groups,
+            )
+            if by_parts
+            else plan_pruning(
+                program,
+                flops_removed=0.5 if flops_removed is None else flops_removed,
+                criterion=criterion or "l2_norm",
+                allocation=allocation or ("global" if sensitivity is None else "sensitive"),  # type: ignore[arg-type]
+                sensitivity=sensitivity,
+                by=by,  # type: ignore[arg-type]
+                threads=threads,
+                data=batches,
+                loss=loss,
+                skip=skip or [],
+                norm_axes=norm_axes,
+                multiple_of=multiple_of,
+                seed=seed,
+                groups=groups,
+            )
         )
 
         def finished(pruned: "Program") -> "Program":
