@@ -79,7 +79,7 @@ def plan_transformer_pruning(
         for group, ratio in zip(kind.groups, ratios, strict=True):
             count = count_removed(group.size, ratio, steps(kind, group, multiple_of), least)
             removed[group.name] = lowest(scores[group.name], count)
-    return plan_removal(found, removed)
+    return plan_removal(found, removed, norm_axes=any(group.normed for group in found.groups))
 
 
 def _check(name: str, part: Part, groups: Sequence[Group]) -> None:
