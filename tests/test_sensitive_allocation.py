@@ -68,19 +68,30 @@ def test_a_step_is_the_part_of_what_is_left():
     assert 1 - (1 - step_ratio(0.7, 4)) ** 4 == pytest.approx(0.7)
 
 
-def test_latency_is_that_of_the_program_that_was_made_beside_the_whole_one():
+@pytest.fixture(scope="module")
+def wide():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)]
-    program = capture(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 64, 64))
-    groups = find_groups(program)
+    return capture(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 48, 48))
+
+
+def test_latency_is_that_of_the_program_that_was_made_beside_the_whole_one(wide):
+    groups = find_groups(wide)
     latency = MeasuredLatency(groups)
     assert latency({}) == latency({group.name: group.size for group in groups.groups}) == 1.0
     kept = {group.name: 8 for group in groups.groups}
-    assert latency(kept) == latency(kept) < 0.6  # one eighth of most channels; measured once
-    plan = plan_pruning(program, flops_removed=0.3, by="latency", allocation="uniform", multiple_of=8)
+    assert latency(kept) == latency(kept) < 0.6  # an eighth of most channels; measured once
+
+
+@pytest.mark.slow
+def test_latency_is_reduced_by_what_was_wanted(wide):
+    plan = plan_pruning(wide, flops_removed=0.3, by="latency", allocation="uniform", multiple_of=8)
     assert all(0 < len(group.removed) < 60 for group in plan.groups)
+
+
+def test_a_cost_that_is_none_is_answered_with_those_that_are(wide):
     with pytest.raises(ConfigError, match="no cost 'time'"):
-        plan_pruning(program, flops_removed=0.3, by="time")
+        plan_pruning(wide, flops_removed=0.3, by="time")
 
 
 class Chain(nn.Module):

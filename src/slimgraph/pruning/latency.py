@@ -12,6 +12,9 @@ from slimgraph.pruning.apply import apply_pruning
 from slimgraph.pruning.groups import Groups
 from slimgraph.pruning.kept import plan_removal
 
+_SECONDS = 0.5
+"""Of one measurement, at least: a search makes a dozen of them."""
+
 
 class MeasuredLatency:
     """The latency of a program by how many indices of its groups stay, as a part of that of the whole one.
@@ -42,7 +45,9 @@ class MeasuredLatency:
             removed = {name: tuple(range(self._groups[name].size - count)) for name, count in changed.items()}
             plan = plan_removal(self._groups, removed)
             program = apply_pruning(self._groups.traced.program, plan, groups=self._groups, proof=False)
-            found = measure_latency(_opened(program, self._threads), against=self._original, threads=self._threads)
+            found = measure_latency(
+                _opened(program, self._threads), against=self._original, threads=self._threads, min_seconds=_SECONDS
+            )
             self._measured[key] = found.latency_ratio
         return self._measured[key]
 
