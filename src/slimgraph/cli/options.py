@@ -21,8 +21,8 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="Example input for a factory, as 1,3,224,224 or ids=1,16:int64 ([NAME=]SHAPE[:DTYPE]); sizes that an ONNX or Paddle file leaves "
-        "open (0 leaves one open, and 1 the batch). Once for each input.",
+        help="[NAME=]SHAPE[:DTYPE] of an example input for a factory, as 1,3,224,224 or ids=1,16:int64; sizes that an "
+        "ONNX or Paddle file leaves open (0 leaves one open, and 1 the batch). Once for each input.",
         show_default=False,
     ),
 ]
