@@ -8,12 +8,12 @@ from slimgraph.auto.measurements import Measurements
 from slimgraph.auto.notices import count_notices
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
-from slimgraph.program.program import Program
+from slimgraph.program.program import Json, Program
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.quantize import Quantization
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.environment import read_environment
-from slimgraph.report.facts import AccuracyControl, IntegerKernels, ModelFacts
+from slimgraph.report.facts import AccuracyControl, IntegerKernels, MetricResult, ModelFacts
 from slimgraph.report.losses import LossAccount
 
 
@@ -24,16 +24,17 @@ def with_result(quantized: Quantization, found: Measurements) -> Program:
         last,
         parameters={**last.parameters, "algorithm": quantized.algorithm, "samples": quantized.samples},
         result={
-            "metric": found.metric.name,
-            "before": found.metric.before,
-            "after": found.metric.after,
-            "samples": found.metric.samples,
+            **({} if found.metric is None else _judged(found.metric)),
             "latency_ratio": found.latency.latency_ratio,
             "size_ratio": found.size_bytes_after / found.size_bytes_before,
         },
     )
     program = quantized.program
     return Program(program.graph_module, program.signature, (*before, told), tail=program.tail)
+
+
+def _judged(metric: MetricResult) -> dict[str, Json]:
+    return {"metric": metric.name, "before": metric.before, "after": metric.after, "samples": metric.samples}
 
 
 def report_of(
@@ -76,10 +77,16 @@ _BYTE = 8
 
 
 def _label(plan: QuantizationPlan) -> str:
-    """What the integers are called: int8 also where 7 of the bits are used, and int4/8 where there are both."""
+    """What the integers are called: int8 also where 7 of the bits are used, and int4/8 where there are both.
+
+    The name says if they are those of weights alone, or if their ranges are taken at inference.
+    """
     used = {weight.scheme.bits for weight in plan.weights} or {found.scheme.bits for found in plan.activations}
     widths = {_BYTE if bits == _BYTE - 1 else bits for bits in used}
-    return f"int{'/'.join(map(str, sorted(widths)))}"
+    label = f"int{'/'.join(map(str, sorted(widths)))}"
+    if not plan.activations:
+        return f"{label}-weight"
+    return f"dynamic {label}" if all(found.dynamic for found in plan.activations) else label
 
 
 def _facts(label: str, size_bytes: int, counted: Count, kernels: KernelCount) -> ModelFacts:

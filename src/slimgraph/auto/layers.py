@@ -44,7 +44,7 @@ def layer_rows(
         node = values.get(row.value)
         written = row.value if node is None else _written_value(node, quantizers)
         quantizer = quantizers.get(written)
-        low, high, scale = (None, None, None) if quantizer is None else grid_of_value(quantizer, plan)
+        low, high, scale = grid_of_value(quantizer, plan) if quantizer and not quantizer.dynamic else (None, None, None)
         rows.append(
             LayerRow(
                 name=row.value,
@@ -118,7 +118,7 @@ def _scheme(
 ) -> str:
     weight = weights.get(value_of(node))
     if weight is not None:
-        return f"int{weight.scheme.bits}" + (" per channel" if weight.scheme.axis is not None else "")
+        return weight.scheme.described
     sources = [quantizers.get(value_of(source)) for source in data_inputs(program, node)]
     if len(sources) > 1 and sources[0] is not None and all(sources):  # a product of two activations
         return f"int{sources[0].scheme.bits}"

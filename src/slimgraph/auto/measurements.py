@@ -49,7 +49,8 @@ class Judged:
 class Measurements:
     """What compression gave."""
 
-    metric: MetricResult
+    metric: MetricResult | None
+    """None: there were no data to judge on."""
     latency: LatencyComparison
     comparison: Comparison
     kernels_before: KernelCount
@@ -66,7 +67,7 @@ def measure(
     how: Judged,
     progress: Progress,
     *,
-    metric: MetricResult,
+    metric: MetricResult | None,
 ) -> Measurements:
     """Everything that a report tells of the two models, of which the metric is known already."""
     progress("Measuring latency", 0, None)

@@ -11,6 +11,7 @@ from slimgraph.program.program import HistoryEntry
 from slimgraph.program.tail import Tail
 from slimgraph.quantization.mixed_bits import FLOAT, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.quantize import Quantization
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import AccuracyControl, MetricResult, SparedLayer
 from slimgraph.report.headline import SAME_LATENCY, difference_text
@@ -71,7 +72,7 @@ def placement_notices(plan: QuantizationPlan, counted: Count) -> Iterator[Notice
 
 def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: LatencyComparison) -> Iterator[Notice]:
     """What was to run in integers and does not, and where to look when integers are slow."""
-    planned = {weight.value for weight in plan.weights}
+    planned = {weight.value for weight in plan.weights if weight.input is not None}
     # Products of two activations are in the counts too, so that names have to be compared. A linear layer that was
     # flattened for its kernel is called as its product.
     names = (layer.name.removesuffix("/product") for layer in kernels.float_layers)
@@ -81,7 +82,13 @@ def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: Latency
             text=f"ONNX Runtime runs {len(planned) - len(missing)} of {len(planned)} quantized layers in integers. It "
             f"computes in float: {_listed(missing)}.",
         )
-    if latency.latency_ratio > 1 + SAME_LATENCY:
+    if latency.latency_ratio > 1 + SAME_LATENCY and not plan.activations:
+        yield Notice(
+            level="warning",
+            text="The model with integer weights is slower here than the float one. They save bytes, and time where "
+            "products with large matrices wait for memory; convolutions make floats of theirs at every run.",
+        )
+    elif latency.latency_ratio > 1 + SAME_LATENCY:
         yield Notice(
             level="warning",
             text="The int8 model is slower here than the float one. `slimgraph doctor` says what this processor can do "
@@ -89,8 +96,15 @@ def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: Latency
         )
 
 
-def metric_notices(metric: MetricResult, *, on_calibration_data: bool, limit: float) -> Iterator[Notice]:
+def metric_notices(metric: MetricResult | None, *, on_calibration_data: bool, limit: float) -> Iterator[Notice]:
     """What the metric does not say."""
+    if metric is None:
+        yield Notice(
+            level="warning",
+            text="No data were given, so nothing was judged: latency and signal-to-noise ratios are those of random "
+            "inputs. Evaluation data would show what the answers are worth.",
+        )
+        return
     if on_calibration_data:
         yield Notice(
             level="warning",
@@ -125,9 +139,11 @@ def bits_notices(mixed: MixedBits | None) -> Iterator[Notice]:
     )
 
 
-def uncontrolled_notices(metric: MetricResult, mixed: MixedBits | None, control: bool | None) -> Iterator[Notice]:
+def uncontrolled_notices(
+    metric: MetricResult | None, mixed: MixedBits | None, control: bool | None
+) -> Iterator[Notice]:
     """Why nothing was done about too large a drop, where a budget is the reason."""
-    if mixed is not None and control is None and metric.exceeds_max_drop:
+    if mixed is not None and control is None and metric is not None and metric.exceeds_max_drop:
         yield Notice(
             level="notice",
             text=f"What keeps more of the metric was not looked for, since it costs some of the budget {mixed.budget}. "
@@ -135,9 +151,30 @@ def uncontrolled_notices(metric: MetricResult, mixed: MixedBits | None, control:
         )
 
 
-def control_notices(control: AccuracyControl | None, metric: MetricResult) -> Iterator[Notice]:
+def uncalibrated_notices(quantized: Quantization) -> Iterator[Notice]:
+    """What is in integers where no ranges were calibrated, and how it was rounded."""
+    plan = quantized.plan
+    if not plan.activations:
+        how = (
+            "rounded to the nearest"
+            if not quantized.samples
+            else f"rounded by GPTQ on {quantized.samples:,} samples, so that layers answer as before"
+        )
+        yield Notice(
+            level="notice",
+            text=f"{len(plan.weights)} weights are in integers, {how}; activations stay in float.",
+        )
+    elif all(found.dynamic for found in plan.activations):
+        yield Notice(
+            level="notice",
+            text=f"The ranges of {len(plan.activations)} activations are taken when the model runs, of all samples of "
+            "a batch together; nothing was calibrated.",
+        )
+
+
+def control_notices(control: AccuracyControl | None, metric: MetricResult | None) -> Iterator[Notice]:
     """What was done to keep within the allowed drop, what it bought and what it cost."""
-    if control is None:
+    if control is None or metric is None:
         return
     before, after, limit = (difference_text(metric, x) for x in (control.drop_before, control.drop, control.limit))
     cheap = [*_cheap(control)]

@@ -25,11 +25,13 @@ from slimgraph.auto.notices import (
     speed_notices,
     tail_notices,
     target_notices,
+    uncalibrated_notices,
     uncontrolled_notices,
 )
 from slimgraph.auto.outcome import Progress, is_measured
 from slimgraph.auto.result_files import ResultFiles
 from slimgraph.auto.staging import staging
+from slimgraph.auto.uncalibrated import made_up, uncalibrated
 from slimgraph.auto.widths import Widths, as_budget
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
@@ -96,6 +98,9 @@ class CompressOptions(TypedDict, total=False):
     bits: Sequence[int]
     activation_bits: Sequence[int]
     budget: Budget | str | None
+    weights_only: bool
+    group: int | None
+    dynamic: bool
     seed: int
     threads: int
     progress: Progress | None
@@ -107,7 +112,7 @@ class CompressOptions(TypedDict, total=False):
 @overload
 def compress(
     program: Program,
-    data: Data,
+    data: Data | None = None,
     *,
     out: str | os.PathLike[str],
     dry_run: Literal[False] = False,
@@ -118,7 +123,7 @@ def compress(
 @overload
 def compress(
     program: Program,
-    data: Data,
+    data: Data | None = None,
     *,
     out: str | os.PathLike[str],
     dry_run: Literal[True],
@@ -128,7 +133,7 @@ def compress(
 
 def compress(
     program: Program,
-    data: Data,
+    data: Data | None = None,
     *,
     out: str | os.PathLike[str],
     eval_data: Data | None = None,
@@ -143,6 +148,9 @@ def compress(
     bits: Sequence[int] = (),
     activation_bits: Sequence[int] = (),
     budget: Budget | str | None = None,
+    weights_only: bool = False,
+    group: int | None = None,
+    dynamic: bool = False,
     seed: int = 0,
     threads: int = 1,
     dry_run: bool = False,
@@ -153,12 +161,14 @@ def compress(
 ) -> Compression | QuantizationPlan:
     """The program in int8, written to `out` as ONNX and as a program, with a report of what was gained and lost.
 
-    Ranges are calibrated on `data`; labels there are ignored. Both models are measured in ONNX Runtime: the metric on
+    Ranges are calibrated on `data`; labels there are ignored. Without ranges, as `weights_only` and `dynamic` have it,
+    data are needed by those only who want to know what is lost. Both models are measured in ONNX Runtime: the metric on
     `eval_data`, or where it has no labels how often the answers agree; latency call by call in turn. The ONNX file is
     checked against the program. Either all files are written or none, and an older result stays until then.
 
     Args:
-        data: what `open_data` takes, or batches that can be read more than once.
+        data: what `open_data` takes, or batches that can be read more than once. None is for `weights_only` and
+            `dynamic`: without `eval_data` nothing is judged then.
         out: folder of the result.
         eval_data: as `data`; None measures agreement on the calibration data.
         target: where the model will run. "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI.
@@ -177,6 +187,10 @@ def compress(
         activation_bits: as `bits`, of activations.
         budget: what the result may have of the original, as "size=0.2", "latency=0.6" or "bops=0.05": within it the
             bits are chosen that bring the least noise.
+        weights_only: activations stay in float, weights get 8 bits or those of `bits`. With `data` they are rounded so
+            that layers answer as before on it (GPTQ), without to the nearest.
+        group: of weights alone: how many weights of an output share a scale, 16 to 256; None is all of them.
+        dynamic: what linear layers read becomes integers on ranges that are taken when the program runs.
         seed: of all that is random.
         threads: with which latency is measured.
         dry_run: return the plan, and measure and write nothing.
@@ -189,39 +203,74 @@ def compress(
             compute what the program computes.
     """
     _check(program, metric=metric, algorithm=algorithm, max_drop=max_drop, threads=threads)
+    unranged = uncalibrated(
+        weights_only=weights_only,
+        dynamic=dynamic,
+        group=group,
+        bits=tuple(bits),
+        activation_bits=tuple(activation_bits),
+        budget=budget,
+        algorithm=algorithm,
+        repairs=repairs,
+        control=control,
+        analyze=analyze,
+    )
+    if data is None and unranged is None:
+        raise ConfigError(
+            "Ranges are calibrated on data, and none were given. Give some; weights_only and dynamic need none."
+        )
     resolved = resolved_target(target)
     widths = Widths(weights=tuple(bits), activations=tuple(activation_bits), budget=as_budget(budget))
     by_default: Repairs | Literal["auto"] = AUTO if widths.are_narrow else Repairs()
     wanted = by_default if repairs is None else repairs_named(repairs)
-    calibration = open_given(data, program.signature, what="data", seed=seed)
+    given = None if data is None else open_given(data, program.signature, what="data", seed=seed)
     evaluation = None if eval_data is None else open_given(eval_data, program.signature, what="eval_data", seed=seed)
+    calibration = given or evaluation or made_up(program.signature)
     _try_out(program, calibration, evaluation, metric, float_reference)
     original = prepare(program, target=resolved)
 
     def replan(mixed: MixedBits | None, spared: Mapping[str, str] = MappingProxyType({})) -> QuantizationPlan:
+        if unranged is not None:
+            return unranged.plan(original, resolved, tuple(skip))
         return widths.plan(original, resolved, skip, mixed, spared)
 
     plan = replan(None)
     if dry_run:
         return plan
-    require_work(plan)
+    if unranged is None:
+        require_work(plan)
     say = progress or _say_nothing
     how = Judged(
         calibration=calibration, evaluation=evaluation, metric=metric, max_drop=max_drop, seed=seed, threads=threads
     )
     with staging(out) as folder, TemporaryDirectory(dir=folder) as scratch:
-        quantized = _quantized(original, plan, calibration, algorithm, Repairs() if widths.are_choices else wanted, say)
+        if unranged is not None:
+            say("Rounding weights", 0, None)
+            quantized = unranged.quantized(original, plan, given)
+        else:
+            repaired = Repairs() if widths.are_choices else wanted
+            quantized = _quantized(original, plan, calibration, algorithm, repaired, say)
         files = ResultFiles(
-            program, folder / "model.onnx", Path(scratch), float_reference, narrow=resolved.startswith("onnxruntime")
+            program,
+            folder / "model.onnx",
+            Path(scratch),
+            float_reference,
+            # Weights alone have kernels that read them as they are.
+            narrow=resolved.startswith("onnxruntime") and not weights_only,
         )
         mixed = None
         if widths.are_choices:
             mixed = widths.chosen(quantized, files, how, say)
             quantized = _quantized(original, replan(mixed), calibration, algorithm, wanted, say)
-        judged = files.write(quantized.program, how, say)
+        judged: MetricResult | None = None
+        if given is None and evaluation is None:
+            files.write_checked(quantized.program, how, say)
+        else:
+            judged = files.write(quantized.program, how, say)
         controlled = None
         unasked = how.labelled is not None and mixed is None  # what it spares costs some of a budget
-        if judged.exceeds_max_drop and (unasked if control is None else control):
+        tightens = unranged is None and (unasked if control is None else control)
+        if judged is not None and judged.exceeds_max_drop and tightens:
             again = partial(replan, mixed)
 
             def repair(chosen: str) -> Quantization:
@@ -231,7 +280,7 @@ def compress(
                 quantized, judged, again, repair if repairs is None and wanted != AUTO else None, files, how, say
             )
         found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
-        losses = losses_of(quantized, calibration, found.comparison, wanted=analyze)
+        losses = losses_of(quantized, calibration, found.comparison, wanted=analyze) if unranged is None else None
         say("Writing the report", 0, None)
         result = with_result(quantized, found)
         save_program(result, folder / "model.pt2")
@@ -239,7 +288,8 @@ def compress(
             quantized,
             found,
             (
-                *target_notices(target, resolved),
+                *target_notices(resolved if weights_only else target, resolved),
+                *uncalibrated_notices(quantized),
                 *_rewritten_notices(program, float_reference),
                 *bits_notices(mixed),
                 *uncontrolled_notices(found.metric, mixed, control),
@@ -250,7 +300,8 @@ def compress(
             losses=losses,
             after=result,
             title=title or _title(program),
-            command=command or f"slimgraph.compress(program, data, out={os.fspath(out)!r}, …)",
+            command=command
+            or f"slimgraph.compress(program, {'' if data is None else 'data, '}out={os.fspath(out)!r}, …)",
         )
         write_report(report, folder)
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -361,7 +412,8 @@ def _controlled(
 
 
 def _notices(program: Program, quantized: Quantization, found: Measurements, how: Judged) -> Iterator[Notice]:
-    yield from metric_notices(found.metric, on_calibration_data=how.evaluation is None, limit=how.max_drop)
+    chosen_on = how.evaluation is None and quantized.samples > 0
+    yield from metric_notices(found.metric, on_calibration_data=chosen_on, limit=how.max_drop)
     yield from speed_notices(quantized.plan, found.kernels_after, found.latency)
     yield from placement_notices(quantized.plan, count(quantized.prepared))
     yield from capture_notices(program.history)

@@ -51,7 +51,12 @@ class ResultFiles:
             self._to_export = None
 
     def write(self, program: Program, how: Judged, say: Progress) -> MetricResult:
-        """Write the quantized program as ONNX, check it, and judge it beside the original.
+        """Write the quantized program as `write_checked` does, and judge it beside the original."""
+        self.write_checked(program, how, say)
+        return judge(self.reference, self.head, program.signature, how, say)
+
+    def write_checked(self, program: Program, how: Judged, say: Progress) -> None:
+        """Write the quantized program as ONNX, and check it.
 
         Raises:
             ExportError: the file does not compute what the program computes.
@@ -67,4 +72,3 @@ class ResultFiles:
             signature = program.signature
             one = {name: x[:1] if name in signature.batched else x for name, x in signature.bind(some).items()}
             check_stitched(self._result, self.head, program.tail, one)
-        return judge(self.reference, self.head, program.signature, how, say)

@@ -10,7 +10,17 @@ import typer
 
 from slimgraph.cli.command import Answer, command, table
 from slimgraph.cli.given import ModelOptions, look, require_output_folder
-from slimgraph.cli.options import Algorithm, Data, Metric, ModelArgument, RepairsOption, Seed, Skip, Target, Threads
+from slimgraph.cli.options import (
+    Algorithm,
+    CalibrationData,
+    Metric,
+    ModelArgument,
+    RepairsOption,
+    Seed,
+    Skip,
+    Target,
+    Threads,
+)
 from slimgraph.cli.samples import SampleOptions, open_samples
 from slimgraph.errors import ConfigError
 
@@ -39,9 +49,9 @@ def _advice(metric: "MetricResult", *, controlled: bool) -> str:
 def compress(
     context: typer.Context,
     model: ModelArgument,
-    data: Data,
     samples: SampleOptions,
     given: ModelOptions,
+    data: CalibrationData = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder of the result; made if it is missing.", show_default=False),
@@ -109,6 +119,31 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="Make integers of weights and leave activations in float: 8 bits, or as --bits says.",
+            show_default=False,
+        ),
+    ] = False,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            "--group",
+            metavar="SIZE",
+            help="With --weights-only: how many weights of an output share a scale, 16 to 256. If not given: all.",
+            show_default=False,
+        ),
+    ] = None,
+    dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic",
+            help="Take the ranges of what linear layers read when the model runs, and calibrate none.",
+            show_default=False,
+        ),
+    ] = False,
     threads: Threads = 1,
     seed: Seed = 0,
     dry_run: Annotated[
@@ -117,10 +152,11 @@ def compress(
 ) -> Answer:
     """Compress MODEL to int8: writes model.onnx, model.pt2, report.html and report.json.
 
-    Ranges are calibrated on --data, of which a few hundred samples are enough. Exit code 3 says that more was lost than
-    --max-drop allows; the files are written all the same. What is lost is the metric on labelled --eval-data; without
-    labels the fraction of samples whose greatest class is another one; and where the outputs are no scores of classes,
-    closeness, 1 - |difference| / |original's output|, of which at least 0.2 may be lost.
+    Ranges are calibrated on --data, of which a few hundred samples are enough; --weights-only and --dynamic do without.
+    Exit code 3 says that more was lost than --max-drop allows; the files are written all the same. What is lost is the
+    metric on labelled --eval-data; without labels the fraction of samples whose greatest class is another one; and
+    where the outputs are no scores of classes, closeness, 1 - |difference| / |original's output|, of which at least 0.2
+    may be lost.
     """
     if out is None and not dry_run:
         raise ConfigError("Give --out, the folder of the result, or --dry-run to see the plan only.")
@@ -135,7 +171,7 @@ def compress(
     with ProgressBar() as progress:
         progress(f"Opening {model}")
         program = open_program(model, given, seed=seed)
-        calibration = open_samples(data, program.signature, samples, seed=seed)
+        calibration = None if data is None else open_samples(data, program.signature, samples, seed=seed)
         evaluation = None if eval_data is None else open_samples(eval_data, program.signature, samples, seed=seed)
         options: CompressOptions = {
             "eval_data": evaluation,
@@ -150,6 +186,9 @@ def compress(
             "bits": _widths("--bits", bits),
             "activation_bits": _widths("--activation-bits", activation_bits),
             "budget": budget,
+            "weights_only": weights_only,
+            "group": group,
+            "dynamic": dynamic,
             "seed": seed,
             "threads": threads,
             "progress": progress,
@@ -162,10 +201,11 @@ def compress(
 
 
 def _users_file(
-    model: str, program: "Program", calibration: "DataSource", evaluation: "DataSource | None"
+    model: str, program: "Program", calibration: "DataSource | None", evaluation: "DataSource | None"
 ) -> Path | None:
     """The ONNX file that MODEL names, to be measured against; None where it cannot stand for its program."""
     from slimgraph.auto.given_data import first_samples
+    from slimgraph.auto.uncalibrated import made_up
     from slimgraph.deploy.runtime import OnnxModel
     from slimgraph.errors import DataError, ModelLoadError
 
@@ -174,11 +214,11 @@ def _users_file(
         return None
     try:
         file = OnnxModel.open(path)
-        for data in (calibration,) if evaluation is None else (calibration, evaluation):
+        for data in [given for given in (calibration, evaluation) if given is not None] or [made_up(program.signature)]:
             for batch in islice(data, 1):  # a file may be made for one sample, and has to take whole batches
                 file.signature.bind(batch.inputs)
-        for sample in first_samples(calibration, program.signature, 1, at_once=1):
-            file(sample)
+            for sample in first_samples(data, program.signature, 1, at_once=1):
+                file(sample)
     except (DataError, ModelLoadError):
         return None
     outputs = [[spec.name for spec in signature.outputs] for signature in (file.signature, program.signature)]

@@ -48,6 +48,16 @@ class IntScheme:
         return (low + (1 if self.narrow else 0), low + 2**self.bits - 1)
 
     @property
+    def described(self) -> str:
+        """What a reader calls it.
+
+        >>> IntScheme().described, IntScheme(axis=0).described, IntScheme(bits=4, axis=0, group=32).described
+        ('int8', 'int8 per channel', 'int4 per 32')
+        """
+        each = "" if self.axis is None else " per channel" if self.group is None else f" per {self.group}"
+        return f"int{self.bits}{each}"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Storage type of the codes."""
         if self.bits <= 8:

@@ -8,12 +8,15 @@ from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare, require_finite, require_float, require_work
 
+DYNAMIC_OPERATORS = ("linear",)
+"""ONNX Runtime computes convolutions on such ranges slower than in float."""
+
 
 def quantize_dynamic(
     program: Program,
     *,
     target: str | Target = "onnxruntime",
-    operators: Sequence[str] | None = ("linear",),
+    operators: Sequence[str] | None = DYNAMIC_OPERATORS,
     skip: Sequence[str] = (),
     weight_bits: int | None = None,
     activation_bits: int | None = None,

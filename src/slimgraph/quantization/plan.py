@@ -73,7 +73,7 @@ class QuantizationPlan:
 
     def table(self) -> str:
         """The plan as text: a line for each weight, and what stays in float."""
-        rows = [(w.value, w.weight, _described(w.scheme), w.input or "") for w in self.weights]
+        rows = [(w.value, w.weight, w.scheme.described, w.input or "") for w in self.weights]
         lines = [text_table(("layer", "weight", "as", "reads"), rows)]
         lines += [f"{len(self.activations)} values are quantized for {self.target}."]
         lines += [f"{name} stays float: {why}." for name, why in self.kept_float.items()]
@@ -135,11 +135,6 @@ class QuantizationPlan:
     def to_json(self) -> str:
         """The plan as JSON text, which `plan_from_json` reads."""
         return _ADAPTER.dump_json(self, indent=1).decode()
-
-
-def _described(scheme: IntScheme) -> str:
-    each = "" if scheme.axis is None else " per channel" if scheme.group is None else f" per {scheme.group}"
-    return f"int{scheme.bits}{each}"
 
 
 _ADAPTER = TypeAdapter(QuantizationPlan)

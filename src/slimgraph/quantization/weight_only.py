@@ -183,9 +183,22 @@ def quantize_weights(
         skip=skip,
     )
     require_weights(plan)
+    return apply_quantization(*weights_to_round(prepared, plan, calibration, clip=clip, samples=samples))
+
+
+def weights_to_round(
+    program: Program,
+    plan: QuantizationPlan,
+    calibration: Iterable[Any] | None,
+    *,
+    clip: bool = True,
+    samples: int = SAMPLES,
+) -> tuple[Program, QuantizationPlan]:
+    """The float program and plan of which `apply_quantization` makes integer weights; as for `quantize_weights`."""
     if calibration is not None:
-        return apply_quantization(*gptq(prepared, plan, calibration, samples=samples))
-    return apply_quantization(prepared, with_best_reach(prepared, plan) if clip and symmetric else plan)
+        return gptq(program, plan, calibration, samples=samples)
+    symmetric = all(weight.scheme.symmetric for weight in plan.weights)
+    return program, with_best_reach(program, plan) if clip and symmetric else plan
 
 
 def require_weights(plan: QuantizationPlan) -> None:
