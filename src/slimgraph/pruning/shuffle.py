@@ -1,6 +1,6 @@
 """Find the reshapes that bring the indices of an axis into another order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 import slimgraph.program.edit as edit
+from slimgraph.pruning.axes import Prod, Tree, is_pinned, reordered
 
 aten = torch.ops.aten
 
@@ -48,6 +49,17 @@ def shuffle_from(apart: fx.Node, values: Mapping[fx.Node, Any]) -> Shuffle | Non
             indices = torch.arange(whole[axis]).reshape(factors[axis:behind]).permute(inside).flatten()
             return Shuffle(source=source, end=end, axis=axis, order=tuple(indices.tolist()))
     return None
+
+
+def is_loose(tree: Tree) -> bool:
+    """Whether an axis has no factors, as those of a grouped convolution, which tell more of it than an order does."""
+    return not isinstance(tree, Prod) and not is_pinned(tree)
+
+
+def shuffled(axes: Sequence[Tree], shuffle: Shuffle) -> list[Tree]:
+    """The axes of a shuffled value by those of its source."""
+    order = reordered(axes[shuffle.axis], shuffle.order)
+    return [*axes[: shuffle.axis], order, *axes[shuffle.axis + 1 :]]
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:
