@@ -1,0 +1,207 @@
+"""Accuracy and latency of ResNet-56 on CIFAR-10 with 2.1 times fewer multiply–accumulates, by criterion.
+
+Usage: python benchmarks/pruned_accuracy.py [all] [criteria] [training] [latency] [--flops-removed 0.524]
+           [--images 2000] [--steps 60] [--batch 128] [--trained fisher/global random/uniform] [--judged 10000]
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from parts.networks import RESNET56
+from parts.printing import print_table
+
+from slimgraph.deploy.latency import measure_latency
+from slimgraph.deploy.onnx import export_onnx
+from slimgraph.errors import ConfigError
+from slimgraph.program.count import count
+from slimgraph.program.program import Program
+from slimgraph.pruning.allocate import Strategy
+from slimgraph.pruning.apply import apply_pruning
+from slimgraph.pruning.batch_norm import reestimate_batch_norm
+from slimgraph.pruning.groups import Groups, find_groups
+from slimgraph.pruning.prune import plan_pruning
+from slimgraph.training.batch import Batch
+from slimgraph.training.evaluate import Evaluation, evaluate
+from slimgraph.training.loop import fit
+from slimgraph.training.paired import paired_difference
+
+_TEST = "cifar10_test_jpeg.npz"
+_TRAINING = "cifar10_train_jpeg.npz"
+_WITH_DATA = ("taylor", "fisher")
+_CRITERIA = ("l1_norm", "l2_norm", "geometry_median", "bn_scale", *_WITH_DATA, "random")
+_ALLOCATIONS: tuple[Strategy, ...] = ("global", "uniform")
+_MULTIPLES = (1, 4, 8, 16)
+_CURVE = 4
+"""Points of a training curve after its first."""
+
+
+class _Pruner:
+    """ResNet-56, its groups, and what it was before."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.original = RESNET56.program()
+        self.groups: Groups = find_groups(self.original)
+        self.removed: float = options.flops_removed
+        self.scoring = self.images(RESNET56.calibration, options.batch)
+
+    def images(self, spec: str, batch: int) -> list[Batch]:
+        return list(RESNET56.open(self.original, spec, batch))
+
+    def prune(self, criterion: str, allocation: Strategy, multiple_of: int = 1) -> Program:
+        reads = {"data": self.scoring, "loss": "cross_entropy"} if criterion in _WITH_DATA else {}
+        plan = plan_pruning(
+            self.original,
+            flops_removed=self.removed,
+            criterion=criterion,
+            allocation=allocation,
+            multiple_of=multiple_of,
+            groups=self.groups,
+            **reads,
+        )
+        return apply_pruning(self.original, plan, groups=self.groups, proof=False)
+
+    def sizes(self, program: Program) -> list[str]:
+        before, after = count(self.original), count(program)
+        return [
+            f"{after.macs / 1e6:.1f} ({before.macs / after.macs:.2f}×)",
+            f"{after.parameters / 1e3:.0f} ({before.parameters / after.parameters:.2f}×)",
+        ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _change(before: Evaluation, after: Evaluation) -> str:
+    found = paired_difference(before.correct, after.correct)
+    return f"{100 * found.difference:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
+
+
+def _add(rows: list[list[str]], row: Sequence[str]) -> None:
+    rows.append([*row])
+    print(row, file=sys.stderr, flush=True)
+
+
+def _criteria(pruner: _Pruner, options: argparse.Namespace, command: str) -> None:
+    test = pruner.images(f"{_TEST}[:{options.images}]", 50)
+    rows: list[list[str]] = []
+    before = _percent(evaluate(pruner.original, test).value)
+    _add(rows, ["not pruned", "", *pruner.sizes(pruner.original), before, ""])
+    for criterion, allocation in itertools.product(_CRITERIA, _ALLOCATIONS):
+        pruned = pruner.prune(criterion, allocation)
+        restored = reestimate_batch_norm(pruned, pruner.scoring)
+        tops = [_percent(evaluate(each, test).value) for each in (pruned, restored)]
+        _add(rows, [criterion, allocation, *pruner.sizes(pruned), *tops])
+    print_table(
+        f"ResNet-56 pruned by criterion, {options.images} test images, not trained",
+        command,
+        ["criterion", "allocation", "million MACs", "thousand parameters", "top-1 %", "batch norms re-estimated"],
+        rows,
+    )
+
+
+def _training(pruner: _Pruner, options: argparse.Namespace, command: str) -> None:
+    data = pruner.images(f"{_TRAINING}[:{min(options.steps * options.batch, 50000)}]", options.batch)
+    test = pruner.images(f"{_TEST}[:{options.judged}]", 50)
+    curve = test[: options.curve // 50]
+    every = max(1, options.steps // _CURVE)
+    rows: list[list[str]] = []
+    whole: Evaluation | None = None
+    for name in ["not pruned", *options.trained]:
+        if name == "not pruned":
+            start = pruner.original
+        else:
+            criterion, _, allocation = name.partition("/")
+            start = reestimate_batch_norm(pruner.prune(criterion, allocation), pruner.scoring)
+        fitted = fit(
+            start,
+            data,
+            loss="cross_entropy",
+            optimizer=("SGD", {"lr": options.rate, "momentum": 0.9, "weight_decay": 1e-4}),
+            schedule="cosine",
+            steps=options.steps,
+            evaluate=lambda program: evaluate(program, curve),
+            evaluate_every=every,
+            keep_best=False,  # test images choose nothing
+        )
+        result = evaluate(fitted.program, test)
+        whole = whole or result
+        told = " ".join(f"{100 * value:.1f}" for _, value in fitted.evaluations)
+        _add(rows, [name, *pruner.sizes(start), told, _percent(result.value), _change(whole, result)])
+    print_table(
+        f"ResNet-56 trained after pruning, {options.steps} steps of {options.batch} images",
+        command,
+        [
+            "pruned by",
+            "million MACs",
+            "thousand parameters",
+            f"top-1 % of {len(curve) * 50} images, every {every} steps from 0",
+            f"top-1 % of {options.judged} images",
+            "less the unpruned one, trained alike (95 %)",
+        ],
+        rows,
+    )
+
+
+def _latency(pruner: _Pruner, options: argparse.Namespace, command: str) -> None:
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        original, pruned = Path(folder) / "original.onnx", Path(folder) / "pruned.onnx"
+        export_onnx(pruner.original, original)
+        for allocation, multiple_of in itertools.product(reversed(_ALLOCATIONS), _MULTIPLES):
+            try:
+                program = pruner.prune("l2_norm", allocation, multiple_of)
+            except ConfigError:
+                _add(rows, [allocation, str(multiple_of), "cannot be reached", *[""] * 4])
+                continue
+            export_onnx(program, pruned)
+            found = measure_latency(pruned, against=original, min_seconds=options.seconds)
+            times = [f"{each.median_ms:.2f}" for each in (found.original, found.compressed)]
+            speedups = (1 / found.latency_ratio, 1 / found.latency_ratio_high, 1 / found.latency_ratio_low)
+            middle = "{:.2f}× ({:.2f} to {:.2f})".format(*speedups)
+            _add(rows, [allocation, str(multiple_of), *pruner.sizes(program), " → ".join(times), middle])
+    print_table(
+        "Latency of the pruned ResNet-56 in ONNX Runtime, batch 1, one thread, by width",
+        command,
+        [
+            "allocation",
+            "channels a multiple of",
+            "million MACs",
+            "thousand parameters",
+            "ms",
+            "times faster (half of the pairs)",
+        ],
+        rows,
+    )
+
+
+_TABLES = {"criteria": _criteria, "training": _training, "latency": _latency}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", choices=[*_TABLES, "all"], default="all")
+    parser.add_argument("--flops-removed", type=float, default=0.524)
+    parser.add_argument("--images", type=int, default=2000, help="of the test set, to compare criteria")
+    parser.add_argument("--trained", nargs="*", default=["l2_norm/uniform", "random/uniform", "fisher/global"])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--curve", type=int, default=1000, help="test images for the training curve")
+    parser.add_argument("--judged", type=int, default=10000, help="test images after training")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of latency")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pruner = _Pruner(options)
+    for table in _TABLES if "all" in options.tables else options.tables:
+        _TABLES[table](pruner, options, " ".join(["python benchmarks/pruned_accuracy.py", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
