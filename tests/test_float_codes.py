@@ -8,9 +8,10 @@ from onnx import numpy_helper
 from torch import nn
 
 import slimgraph
+from cli_runs import answer, run
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.runtime import OnnxModel
-from slimgraph.errors import ExportError
+from slimgraph.errors import ConfigError, ExportError
 from slimgraph.quantization import quantize_weights
 
 
@@ -82,3 +83,30 @@ def test_a_float_program_has_no_codes(network, tmp_path):
     with pytest.raises(ExportError, match="Quantize it"):
         export_onnx(network, tmp_path / "floats.onnx", float_codes=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_they_are_saved_and_converted_to_from_the_command(network, tmp_path):
+    integers = slimgraph.quantize(network, calibration=[torch.randn(8, 3, 16, 16)])
+    slimgraph.save(integers, tmp_path / "integers.pt2")
+    slimgraph.save(integers, tmp_path / "saved.onnx", float_codes=True)
+    answer("convert", tmp_path / "integers.pt2", tmp_path / "converted.onnx", "--float-codes")
+    assert (tmp_path / "saved.onnx").read_bytes() == (tmp_path / "converted.onnx").read_bytes()
+    found = {tensor.name: tensor for tensor in onnx.load(tmp_path / "saved.onnx").graph.initializer}
+    weights = {name: tensor for name, tensor in integers.state_dict().items() if name.endswith("weight")}
+    assert all((numpy_helper.to_array(found[name]) == tensor.numpy()).all() for name, tensor in weights.items())
+    assert all(found[name].data_type == onnx.TensorProto.FLOAT for name in weights)
+
+
+def test_only_onnx_files_in_float32_have_them(network, tmp_path):
+    integers = slimgraph.quantize(network, calibration=[torch.randn(8, 3, 16, 16)])
+    for name in ("codes.pt2", "codes.ort"):
+        with pytest.raises(ConfigError, match=r"float_codes is a form of \.onnx files.*Closest: .*codes\.onnx"):
+            slimgraph.save(integers, tmp_path / name, float_codes=True)
+    with pytest.raises(ConfigError, match="precision is float16"):
+        slimgraph.convert(integers, tmp_path / "codes.onnx", precision="float16", float_codes=True)
+    with pytest.raises(ExportError, match="No weight of the program is in integers"):
+        slimgraph.save(network, tmp_path / "codes.onnx", float_codes=True)
+    slimgraph.save(integers, tmp_path / "integers.pt2")
+    failed = run("convert", tmp_path / "integers.pt2", tmp_path / "again.pt2", "--float-codes")
+    assert failed.exit_code == 2
+    assert "--float-codes" in failed.stderr or "float_codes" in failed.stderr

@@ -71,20 +71,24 @@ def load(
     raise ModelLoadError(f"{source} has the suffix {suffix!r}; give a .pt2, an .onnx, or the folder of a Paddle model.")
 
 
-def save(program: Program, path: str | os.PathLike[str]) -> None:
+def save(program: Program, path: str | os.PathLike[str], *, float_codes: bool = False) -> None:
     """Write a program: `.pt2` to load it again, `.onnx` or `.ort` to run it, checked as by `convert`.
 
+    Args:
+        float_codes: as for `convert`.
     Raises:
+        ConfigError: `float_codes` is for another suffix than `.onnx`.
         ExportError: the suffix is another one, the program has no ONNX form, or the ONNX file is found wrong.
         ProgramError: the program uses what a `.pt2` cannot hold.
         OutputError: the file cannot be written; an older one at `path` stays whole.
     """
     require_program(program)
+    _require_onnx(path, float_codes=float_codes)
     match Path(path).suffix.lower():
         case ".pt2":
             save_program(program, path)
         case ".onnx" | ".ort":
-            _write_checked(program, Path(path), "float32", _say_nothing)
+            _write_checked(program, Path(path), "float32", _say_nothing, float_codes=float_codes)
         case suffix:
             raise ExportError(f"{os.fspath(path)} has the suffix {suffix!r}; give .pt2, .onnx or .ort.")
 
@@ -94,6 +98,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     precision: str = "float32",
+    float_codes: bool = False,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> None:
     """Write a program, or the one in a model file, in the form that the suffix of `out` names: `.onnx`, `.ort`, `.pt2`.
@@ -106,10 +111,13 @@ def convert(
     Args:
         precision: "float32" leaves the numbers as they are; "float16" and "bfloat16" change all floating-point numbers
             of the file, inputs and outputs included.
+        float_codes: of a quantized program, an `.onnx` whose weights hold their integers in float32, followed by their
+            scales: for runtimes that read no integer weights, and converters that make integers of them again.
         progress: told what is going on, how much of it is done, and of how much; None: that is not known.
     Raises:
         ModelLoadError: as `load`.
-        ConfigError: there is no such precision, a quantized program was to change it, or `out` is the source itself.
+        ConfigError: there is no such precision, a quantized program was to change it, `float_codes` does not go with
+            the rest, or `out` is the source itself.
         ExportError, ProgramError, OutputError: as `save`.
     """
     from slimgraph.deploy.onnx import PRECISIONS
@@ -117,13 +125,16 @@ def convert(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}.")
     target = Path(out)
+    _require_onnx(target, float_codes=float_codes)
+    if float_codes and precision != "float32":
+        raise ConfigError(f"float_codes holds integers in float32, and precision is {precision}. Leave one out.")
     if not isinstance(source, (str, os.PathLike)):
         require_program(source)
     if not isinstance(source, Program) and target.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the model that is to be converted. Give another name for the result.")
     program = source if isinstance(source, Program) else load(source)
     if target.suffix.lower() in (".onnx", ".ort"):
-        _write_checked(program, target, precision, progress or _say_nothing)
+        _write_checked(program, target, precision, progress or _say_nothing, float_codes=float_codes)
     else:
         save(program if precision == "float32" else cast(program, PRECISIONS[precision]), target)
 
@@ -132,7 +143,22 @@ def _say_nothing(stage: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
-def _write_checked(program: Program, target: Path, precision: str, say: Callable[[str, int, int | None], None]) -> None:
+def _require_onnx(path: str | os.PathLike[str], *, float_codes: bool) -> None:
+    if float_codes and Path(path).suffix.lower() != ".onnx":
+        raise ConfigError(
+            f"float_codes is a form of .onnx files, and {os.fspath(path)} is none. Closest: "
+            f"{Path(path).with_suffix('.onnx')}."
+        )
+
+
+def _write_checked(
+    program: Program,
+    target: Path,
+    precision: str,
+    say: Callable[[str, int, int | None], None],
+    *,
+    float_codes: bool = False,
+) -> None:
     # These take seconds to import, and neither loading nor a .pt2 needs them.
     from slimgraph.deploy.check_export import SAMPLES, check_export
     from slimgraph.deploy.onnx import PRECISIONS, add_tail, export_onnx
@@ -145,7 +171,7 @@ def _write_checked(program: Program, target: Path, precision: str, say: Callable
         written = Path(inner) / "whole.onnx" if is_ort else folder / target.name
         head = written if program.tail is None else Path(inner) / "network.onnx"
         say(f"Writing {target}", 0, None)
-        export_onnx(program, head, precision=precision, with_tail=False)
+        export_onnx(program, head, precision=precision, with_tail=False, float_codes=float_codes)
         # Samples that differ, or one that leaks into another could not be seen.
         batch = None if program.signature.batch_axis is None else SAMPLES
         inputs = random_inputs(program.signature, batch=batch)

@@ -23,6 +23,15 @@ def convert(
         Literal["float32", "float16", "bfloat16"],
         typer.Option("--precision", help="Of the numbers in an .onnx file, its inputs and outputs among them."),
     ] = "float32",
+    float_codes: Annotated[
+        bool,
+        typer.Option(
+            "--float-codes",
+            help="Hold the integer weights of a quantized model as float32 numbers, followed by their scales, in an "
+            ".onnx file: for runtimes that read no integer weights.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> Answer:
     """Write model IN as OUT. An .onnx file is checked against the program before it gets its name."""
     require_output(out, model)
@@ -36,7 +45,7 @@ def convert(
         progress(f"Opening {model}")
         program = open_program(model, given)
         progress(f"Writing {out}")
-        convert_program(program, out, precision=precision, progress=progress)
+        convert_program(program, out, precision=precision, float_codes=float_codes, progress=progress)
     size, notices = out.stat().st_size, list(axis_notices(program.history))
     return Answer(
         data={"model": model, "written": out, "precision": precision, "size_bytes": size, "notices": notices},
