@@ -7,6 +7,7 @@ from torch import nn
 from slimgraph.deploy import targets
 from slimgraph.errors import ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
+from slimgraph.quantization import plan_as_documented
 from slimgraph.quantization.documented import (
     DOCUMENTED_OPERATORS,
     KINDS,
@@ -16,7 +17,6 @@ from slimgraph.quantization.documented import (
     layers_not_quantized,
     operators_named,
 )
-from slimgraph.quantization.documented_plan import plan_as_documented
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.quantize import prepare
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         TENSORRT_OP_TYPES,
         TRANSFORM_PASS_OP_TYPES,
     )
+    from slimgraph.quantization.documented_plan import plan_as_documented
     from slimgraph.quantization.dynamic import quantize_dynamic
     from slimgraph.quantization.equalization import equalize
     from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
@@ -55,6 +56,7 @@ __all__ = [
     "gptq",
     "insert",
     "parameter_groups",
+    "plan_as_documented",
     "plan_from_json",
     "plan_quantization",
     "plan_weights",
@@ -92,6 +94,7 @@ _HOMES = {
     "gptq": "quantization.compensated_rounding",
     "insert": "quantization.insertion",
     "parameter_groups": "quantization.qat",
+    "plan_as_documented": "quantization.documented_plan",
     "plan_from_json": "quantization.plan",
     "plan_quantization": "quantization.placement",
     "plan_weights": "quantization.weight_only",
