@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
-from slimgraph.errors import ConfigError, closest
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.qdq import (
@@ -85,15 +84,8 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
     Raises:
         ConfigError: the plan has no ranges yet, or speaks of another program.
     """
-    if plan.range_owners and not plan.ranges:
-        raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
-    existing = program.values
-    for name in (*(a.value for a in plan.activations), *(w.value for w in plan.weights)):
-        if name not in existing:
-            raise ConfigError(
-                f"The plan speaks of the value {name!r}, which this program does not have. {closest(name, existing)} "
-                "Apply it to the program that it was made for: one that `prepare` gave, if that was."
-            )
+    plan.require_ranges()
+    plan.require_values(program.values)
     quantized = program.copy().eval()
     grids = _grids(plan)
     values = quantized.values

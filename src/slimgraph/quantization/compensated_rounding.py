@@ -14,7 +14,6 @@ from slimgraph.program.names import value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.scheme import IntScheme, dequantize, quantize, rows_of
 from slimgraph.quantization.apply import rounded_weight, weight_grid
-from slimgraph.quantization.insertion import require_values
 from slimgraph.quantization.lockstep import batches_of
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 from slimgraph.quantization.reach import NARROW_BITS, best_reach, with_best_reach
@@ -84,9 +83,8 @@ def gptq(
     """
     if samples < 1 or not dampings or min(dampings) < 0:
         raise ConfigError(f"samples is {samples} and dampings {list(dampings)}; give at least 1, and one of 0 or more.")
-    if plan.range_owners and not plan.ranges:
-        raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
-    require_values(program, plan)
+    plan.require_ranges()
+    plan.require_values(program.values)
     result = program.copy().eval()
     readers = edit.count_readers(result.graph_module)
     values = result.values

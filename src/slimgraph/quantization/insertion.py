@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import slimgraph.program.edit as edit
 from slimgraph.deploy.targets import TARGETS
-from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import foldable_norms
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
@@ -65,7 +64,7 @@ def insert(
         pact=pact,
         warm=warm,
     )
-    require_values(program, plan)
+    plan.require_values(program.values)
     if activation_quantize_type == "abs_max":
         _require_ranges_at_inference(plan)
     inserted = program.copy()
@@ -89,17 +88,3 @@ def _require_ranges_at_inference(plan: QuantizationPlan) -> None:
     for bits in {found.scheme.bits for found in plan.activations if found.value in read}:
         if target is not None:
             require_ranges_at_inference(target, bits)
-
-
-def require_values(program: Program, plan: QuantizationPlan) -> None:
-    """Return if the program has every value that the plan speaks of.
-
-    Raises:
-        ConfigError: it lacks one.
-    """
-    existing = program.values
-    for name in (*(a.value for a in plan.activations), *(w.value for w in plan.weights)):
-        if name not in existing:
-            raise ConfigError(
-                f"The plan speaks of the value {name!r}, which this program does not have. {closest(name, existing)}"
-            )

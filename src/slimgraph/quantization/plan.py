@@ -1,6 +1,6 @@
 """What a quantization does to a program: which values and weights become integers, and on which grids."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar
@@ -131,6 +131,29 @@ class QuantizationPlan:
         known = {quantizer.value for quantizer in self.activations if quantizer.known_range is not None}
         owners = dict.fromkeys(quantizer.range_of for quantizer in self.activations if not quantizer.dynamic)
         return tuple(name for name in owners if name not in known)
+
+    def require_ranges(self) -> None:
+        """Return if the plan has the ranges that it needs.
+
+        Raises:
+            ConfigError: it was not calibrated yet.
+        """
+        if self.range_owners and not self.ranges:
+            raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
+
+    def require_values(self, existing: Iterable[str]) -> None:
+        """Return if a program with these values has every one that the plan speaks of.
+
+        Raises:
+            ConfigError: it lacks one.
+        """
+        known = dict.fromkeys(existing)
+        for name in (*(a.value for a in self.activations), *(w.value for w in self.weights)):
+            if name not in known:
+                raise ConfigError(
+                    f"The plan speaks of the value {name!r}, which this program does not have. {closest(name, known)} "
+                    "Apply it to the program that it was made for: one that `prepare` gave, if that was."
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text, which `plan_from_json` reads."""

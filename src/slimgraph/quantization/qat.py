@@ -17,7 +17,7 @@ from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.spell_attention import spell_out_attention
 from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
 from slimgraph.quantization.fake_quantizers import ActivationRange, Pact, WeightRange
-from slimgraph.quantization.insertion import insert, require_values
+from slimgraph.quantization.insertion import insert
 from slimgraph.quantization.plan import QuantizationPlan
 
 
@@ -58,7 +58,7 @@ def prepare_qat(
     spelled = program
     if any(a.value not in program.values for a in plan.activations):
         spelled = spell_out_attention(program)  # for targets that compute it in integers
-    require_values(spelled, plan)
+    plan.require_values(spelled.values)
     if repaired is not None:
         spelled = _with_repairs_of(repaired, spelled)
     inserted = insert(

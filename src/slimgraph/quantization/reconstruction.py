@@ -12,7 +12,6 @@ from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import set_bias
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.quantization.apply import ROOM_FOR_BIAS, room_for_bias, rounded_weight, weight_scale
-from slimgraph.quantization.insertion import require_values
 from slimgraph.quantization.learn_region import LearnedRegion, Recipe, RegionLayer, learn_region
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest
 from slimgraph.quantization.lockstep import Lockstep, Schedule, batches_of
@@ -92,9 +91,8 @@ def reconstruct(
     )
     if not lr > 0 or not 0 <= drop <= 1:
         raise ConfigError(f"lr is {lr} and drop {drop}; lr is above 0, and drop from 0 to 1.")
-    if plan.range_owners and not plan.ranges:
-        raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
-    require_values(program, plan)
+    plan.require_ranges()
+    plan.require_values(program.values)
     result = program.copy().eval()
     reached = with_best_reach(result, plan)
     readers = edit.count_readers(result.graph_module)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from slimgraph.errors import CalibrationError, ConfigError
+from slimgraph.errors import CalibrationError
 from slimgraph.program.edit import tensor_named
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
@@ -19,6 +19,7 @@ from slimgraph.quantization.apply import rounded_weight
 from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.reach import NARROW_BITS, best_reach
+from slimgraph.quantization.simulation import Rounding
 from slimgraph.table import text_table
 
 _Key = tuple[Literal["weight", "activation"], str, int]
@@ -90,8 +91,7 @@ def measure_sensitivity(
         ConfigError: the plan has no ranges.
         CalibrationError: there is no batch.
     """
-    if plan.range_owners and not plan.ranges:
-        raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
+    plan.require_ranges()
     alternatives, owners = _alternatives(program, plan, weight_bits, activation_bits)
     changes: dict[_Key, Change] = defaultdict(Change)
     was_training = program.training
@@ -154,9 +154,11 @@ def _alternatives(
     for activation in plan.activations:
         if activation.range_of != activation.value and activation.everywhere:
             continue  # it only hands on what was rounded before it
-        interval = None if activation.dynamic else plan.ranges[activation.range_of]
+        interval = None
+        if not activation.dynamic:
+            interval = torch.tensor(plan.ranges[activation.range_of], device=program.device)
         for bits in {activation.scheme.bits, *activation_bits}:
-            rounding = _Rounding(replace(activation.scheme, bits=bits), interval)
+            rounding = Rounding(replace(activation.scheme, bits=bits), interval)
             quantizer: _Key = ("activation", activation.value, bits)
             if activation.everywhere:
                 offer(activation.value, quantizer, _RoundedResult(rounding))
@@ -164,18 +166,6 @@ def _alternatives(
             for reader in plan.consumers[activation.value]:
                 offer(reader, quantizer, _RoundedArgument(values[activation.value], rounding))
     return alternatives, owners
-
-
-@dataclass(frozen=True, slots=True)
-class _Rounding:
-    scheme: IntScheme
-    interval: tuple[float, float] | None
-    """None takes that of each tensor."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        low, high = x.aminmax() if self.interval is None else map(torch.tensor, self.interval)
-        scale, zero_point = self.scheme.parameters(low, high)
-        return torch.fake_quantize_per_tensor_affine(x, scale.item(), int(zero_point), *self.scheme.code_range)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +181,7 @@ class _RoundedWeight:
 
 @dataclass(frozen=True, slots=True)
 class _RoundedResult:
-    rounding: _Rounding
+    rounding: Rounding
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.rounding(args[0] if node.op == "placeholder" else node.target(*args, **kwargs))  # type: ignore[operator]
@@ -200,7 +190,7 @@ class _RoundedResult:
 @dataclass(frozen=True, slots=True)
 class _RoundedArgument:
     source: fx.Node
-    rounding: _Rounding
+    rounding: Rounding
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         changed = [self.rounding(x) if given is self.source else x for given, x in zip(node.args, args, strict=True)]

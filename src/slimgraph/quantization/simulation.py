@@ -31,12 +31,15 @@ class LayerTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rounding:
+class Rounding:
+    """Rounds a tensor to the grid of a scheme; gradients pass inside of the range."""
+
     scheme: IntScheme
     interval: Tensor | None
     """Shape (2,); None takes that of each tensor."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The numbers that the codes of `x` stand for."""
         interval = torch.stack(x.detach().aminmax()) if self.interval is None else self.interval
         codes = self.scheme.code_range
         result: Tensor = FAKE_QUANTIZE(x, interval, *codes, self.scheme.middle, None, True)
@@ -52,8 +55,8 @@ class Simulation:
 
     def __init__(self, program: Program, plan: QuantizationPlan | None = None) -> None:
         self._program = program
-        self._results: dict[fx.Node, _Rounding] = {}
-        self._arguments: dict[tuple[fx.Node, fx.Node], _Rounding] = {}
+        self._results: dict[fx.Node, Rounding] = {}
+        self._arguments: dict[tuple[fx.Node, fx.Node], Rounding] = {}
         values = program.values
         for activation in plan.activations if plan is not None else ():
             assert plan is not None
@@ -62,7 +65,7 @@ class Simulation:
             interval = None
             if not activation.dynamic:
                 interval = torch.tensor(plan.ranges[activation.range_of], device=program.device)
-            rounding, node = _Rounding(activation.scheme, interval), values[activation.value]
+            rounding, node = Rounding(activation.scheme, interval), values[activation.value]
             if activation.everywhere:
                 self._results[node] = rounding
             else:
@@ -109,5 +112,5 @@ class Simulation:
         return edit.tensor_named(self._program.graph_module, str(node.target)).detach()
 
 
-def _mixed(x: Tensor, rounding: _Rounding, mix: Mix | None) -> Tensor:
+def _mixed(x: Tensor, rounding: Rounding, mix: Mix | None) -> Tensor:
     return rounding(x) if mix is None else mix(x, rounding(x))
