@@ -141,7 +141,10 @@ def train_quantized(
         CalibrationError, DataError: the data cannot be used.
         UnknownNameError, ConfigError: an option cannot be used.
         ProgramError: the program is none, is quantized already, or has nothing to quantize.
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss became NaN or infinite. Its `fitted.program` is the program with fake quantizers as it
+            was at the best evaluation so far; `fitted` is None without one. With `frozen = freeze(fitted.program)`,
+            `apply_quantization(frozen.program, frozen.plan)` makes integers of it; `fit` trains it on, with a
+            smaller learning rate.
     """
     require_program(program)
     require_float(program)
