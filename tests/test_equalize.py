@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimgraph.errors import ConfigError, ProgramError
+from slimgraph.errors import ProgramError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.channel_links import channel_links
-from slimgraph.quantization.channel_ranges import channel_ranges, clip_places, producer_places
-from slimgraph.quantization.equalization import absorb_high_biases, equalize
+from slimgraph.quantization.channel_ranges import channel_ranges, clip_places
+from slimgraph.quantization.equalization import equalize
 from slimgraph.quantization.quantize import prepare
 
 
@@ -145,61 +145,9 @@ def test_channels_that_stay_below_the_limit_move_as_far_as_it_allows():
     assert_same_function(program, nearly, torch.full((1, 2), 300.0))
 
 
-def test_relu6_is_replaced_on_request_only_where_it_stands_between_two_layers():
-    program = prepared(Separable(nn.ReLU6), (1, 3, 8, 8))
-    equal = equalize(program, relu6="replace")
-    assert [str(node.target) for node in equal.graph.nodes if "relu" in str(node.target)] == ["aten.relu.default"] * 3
-    assert_same_function(equalize(program, relu6="replace", most_sweeps=0), equal, torch.randn(4, 3, 8, 8))
-    last = prepared(Two(nn.Linear(2, 2), functional.relu6, nn.GELU()), (1, 2))
-    kept = [str(node.target) for node in equalize(last, relu6="replace").graph.nodes]
-    assert kept == [str(node.target) for node in last.graph.nodes]
-
-
-def test_an_unknown_way_with_relu6_is_refused():
-    with pytest.raises(ConfigError, match="relu6 is 'replaced'"):
-        equalize(prepared(Separable(), (1, 3, 8, 8)), relu6="replaced")
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(bad):
     program = prepared(Separable(), (1, 3, 8, 8))
     program.state_dict()["features.3.weight"].view(-1)[0] = bad
     with pytest.raises(ProgramError, match=r"'features\.3\.weight' has NaN or infinite weights"):
         equalize(program)
-
-
-# High biases
-
-
-def test_what_is_always_there_goes_to_the_next_bias():
-    one, two = linears([[1.0, 0.0], [0.0, 1.0]], [[3.0, -2.0]], bias=(5.0, 0.0))
-    program = prepared(Two(one, two), (1, 2))
-    x = torch.rand(64, 2) * 2 - 1
-    x[0] = torch.tensor([-1.0, -1.0])
-    ranges = channel_ranges(program, producer_places(channel_links(program)), [x])
-    absorbed = absorb_high_biases(program, ranges)
-    # Channel 0 is never below 4 in these data, and 3 · 4 = 12.
-    torch.testing.assert_close(absorbed.state_dict()["first.bias"], torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(absorbed.state_dict()["second.bias"], program.state_dict()["second.bias"] + 12.0)
-    assert_same_function(program, absorbed, x)
-    assert absorbed.history[-1].result == {"channels": 1}
-
-
-@pytest.mark.parametrize(
-    ("second", "moves"),
-    [
-        (lambda: nn.Conv2d(4, 4, 3), True),
-        (lambda: nn.Conv2d(4, 4, 3, groups=2, bias=False), True),
-        (lambda: nn.Conv2d(4, 4, 3, padding=1), False),  # zeros would have to be shifted, too
-        (lambda: nn.ConvTranspose2d(4, 4, 3), False),
-    ],
-)
-def test_high_biases_are_absorbed_only_where_no_zeros_are_read(second, moves):
-    torch.manual_seed(0)
-    module = Two(nn.Conv2d(2, 4, 1), second())
-    module.first.bias.data += torch.tensor([9.0, 0.0, 7.0, -9.0])
-    program = prepared(module, (1, 2, 6, 6))
-    x = torch.randn(8, 2, 6, 6)
-    absorbed = absorb_high_biases(program, channel_ranges(program, producer_places(channel_links(program)), [x]))
-    assert torch.equal(absorbed.state_dict()["first.bias"], program.state_dict()["first.bias"]) != moves
-    assert_same_function(program, absorbed, x)

@@ -139,7 +139,8 @@ def correct_weights(program: Program, plan: QuantizationPlan) -> tuple[Program, 
     before. The plan says how far the grids reach now, so that `apply_quantization` finds the same codes. A weight that
     somebody else reads stays as it is, as does a channel that rounds to zero.
 
-    Source: Banner et al., as for `correct_weight`, with two changes that were measured. There σ is std(w) / std(w_q),
+    Source: Banner et al., "Post training 4-bit quantization of convolutional networks", arXiv 1810.05723, as
+        PaddleSlim's `bias_correction` has it, with two changes that were measured. There σ is std(w) / std(w_q),
         which takes the energy of the rounding errors for a part of the signal and makes each layer weaker by it:
         together the 4-bit layers of ResNet-20 lose 5 dB of the outputs' signal-to-noise ratio. And there the result
         is rounded to the old grid again, which hardly ever changes a code. The mean is left to `correct_bias`.
@@ -166,23 +167,3 @@ def _inner(weight: Tensor, other: Tensor, scheme: IntScheme) -> Tensor:
     """The inner product of two tensors, or of their parts at each index of the scheme's axis."""
     axes = [axis for axis in range(weight.dim()) if axis != scheme.axis]
     return (weight.detach().double() * other.double()).sum(dim=axes, keepdim=True)
-
-
-def correct_weight(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None = None) -> Tensor:
-    """Real values of a quantized weight, moved and stretched so that mean and spread are those of the float weight.
-
-    They lie on the same grid, which covers the largest magnitude, or the given `reach`: (w_q + μ)·σ is rounded again,
-    with μ = mean(w − w_q) and σ = std(w) / std(w_q) for the tensor, or for each index of the scheme's axis.
-    Source: Banner et al., "Post training 4-bit quantization of convolutional networks", arXiv 1810.05723, as
-    PaddleSlim's `bias_correction` has it; there the per-channel factors are tiled over the wrong axis, here not.
-    """
-    scale = weight_scale(weight, scheme, reach)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    rounded = dequantize(quantize(weight, scale, zero, scheme), scale, zero, scheme)
-    axes = [axis for axis in range(weight.dim()) if axis != scheme.axis]
-    mean = (weight - rounded).mean(dim=axes, keepdim=True)
-    spread = weight.std(dim=axes, keepdim=True, correction=0) / (
-        rounded.std(dim=axes, keepdim=True, correction=0) + 1e-8
-    )
-    repaired = (rounded + mean) * spread
-    return dequantize(quantize(repaired, scale, zero, scheme), scale, zero, scheme)

@@ -1,19 +1,15 @@
 """Equalize the weight ranges of neighbouring layers, channel by channel."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-import slimgraph.program.edit as edit
-from slimgraph.errors import ConfigError, closest
-from slimgraph.program.fold import OUTPUT_AXIS, set_bias
+from slimgraph.program.fold import OUTPUT_AXIS
 from slimgraph.program.program import HistoryEntry, Program
-from slimgraph.quantization.channel_flow import MOVES, NO_CHANNEL
-from slimgraph.quantization.channel_links import ChannelLink, Reader, channel_links
+from slimgraph.quantization.channel_flow import NO_CHANNEL
+from slimgraph.quantization.channel_links import ChannelLink, channel_links
 from slimgraph.quantization.channel_ranges import ChannelRanges
 from slimgraph.quantization.rescale import LayerWeight, read_factors, rescale
 
@@ -27,7 +23,6 @@ TOLERANCE = 1e-4
 def equalize(
     program: Program,
     *,
-    relu6: Literal["keep", "replace"] = "keep",
     ranges: ChannelRanges | None = None,
     most_sweeps: int = MOST_SWEEPS,
 ) -> Program:
@@ -39,25 +34,17 @@ def equalize(
     or never read, where r₁ or r₂ is zero, stays as it is.
 
     Args:
-        relu6: "keep" leaves a channel that a ReLU6 (or another upper limit) may cut as it is, unless `ranges` shows
-            that it stays below the limit before and after. "replace" makes plain ReLUs of those between two layers
-            first, which is another function wherever they cut.
-        ranges: of the values in front of the limits, as `channel_ranges` measures them for `clip_places`. What holds
-            for these data is taken to hold.
+        ranges: of the values in front of upper limits, as of a ReLU6, as `channel_ranges` measures them for
+            `clip_places`. A channel that a limit may cut stays as it is, unless they show that it stays below the limit
+            before and after; what holds for these data is taken to hold.
         most_sweeps: through all chains.
     Raises:
         ProgramError: a weight is NaN or infinite.
-        ConfigError: `relu6` is neither.
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1.
         There a layer has one reader; here all readers of a channel count together, and the channel may be moved,
         pooled, gated or joined with others before it is read.
     """
-    if relu6 not in ("keep", "replace"):
-        raise ConfigError(f"relu6 is {relu6!r}. {closest(str(relu6), ['keep', 'replace'])}")
     links = _between_layers(program)
-    if relu6 == "replace":
-        program = _without_limits(program, links)
-        links = _between_layers(program)
     chains = _Chains(program, links, ranges or {})
     sweeps = 0
     while sweeps < most_sweeps:
@@ -69,7 +56,6 @@ def equalize(
     return equalized.with_history(
         HistoryEntry(
             step="equalize",
-            parameters={"relu6": relu6},
             result={"links": len(links), "channels": channels, "sweeps": sweeps},
         )
     )
@@ -78,15 +64,6 @@ def equalize(
 def _between_layers(program: Program) -> tuple[ChannelLink, ...]:
     values = program.values
     return tuple(link for link in channel_links(program) if values[link.producer].target in OUTPUT_AXIS)
-
-
-def _without_limits(program: Program, links: Sequence[ChannelLink]) -> Program:
-    unlimited = program.copy()
-    values = unlimited.values
-    for name in dict.fromkeys(clip.name for link in links for clip in link.clips):
-        node = values[name]
-        node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
-    return edit.finish(unlimited)
 
 
 class _Chains:
@@ -156,68 +133,3 @@ def _bounds(link: ChannelLink, ranges: ChannelRanges) -> _Bounds:
         movable[channels[part > 1]] = False
         least = least.scatter_reduce(0, channels, torch.where(part > 1, 0.0, part), "amax")
     return _Bounds(movable, least)
-
-
-# High biases
-
-_SHIFTING = MOVES | {aten.relu.default, aten.dropout.default, aten.clone.default, aten.contiguous.default}
-"""Operators behind which a channel that is lower by c is still lower by c, as long as it does not get below zero."""
-
-
-def absorb_high_biases(program: Program, ranges: ChannelRanges) -> Program:
-    """The program with the part of each channel that is always there taken from before a ReLU to the next layer's bias.
-
-    Where a channel is never below c > 0 in front of a ReLU, its bias may be lower by c, if the layers that read it add
-    W·c to theirs: relu(x − c) = relu(x) − c. The channel's range gets smaller by c. Layers that pad with zeros are left
-    alone, since their padding would have to be −c.
-
-    Args:
-        ranges: of the producers' values, as `channel_ranges` measures them for `producer_places`. What holds for
-            these data is taken to hold.
-    Source: Nagel et al., 2019, section 4.1.3. There c comes from the statistics of a batch norm, max(0, β − 3γ), so
-        that one value in a thousand is cut; here from the lowest value in the data.
-    """
-    absorbed = program.copy()
-    values = absorbed.values
-    readers = edit.count_readers(absorbed.graph_module)
-    channels = 0
-    for link in _between_layers(program):
-        node = values[link.producer]
-        known = ranges.get((link.producer, link.axis))
-        bias = edit.constant_of(absorbed.graph_module, edit.arguments(node)["bias"])
-        if known is None or bias is None or not _shifts(link) or any(_pads(values[r.layer]) for r in link.readers):
-            continue
-        constant = torch.where(link.unclipped, known.low.double().cpu().clamp(min=0), 0.0)
-        if not bool(constant.any()):
-            continue
-        channels += int((constant > 0).sum())
-        set_bias(absorbed, node, (bias.detach().double().cpu() - constant).to(bias), readers)
-        for reader in link.readers:
-            _add_constant(absorbed, values[reader.layer], reader, constant, readers)
-    edit.finish(absorbed)
-    return absorbed.with_history(HistoryEntry(step="absorb_high_biases", result={"channels": channels}))
-
-
-def _shifts(link: ChannelLink) -> bool:
-    operators = {node.target for node in link.through}
-    return aten.relu.default in operators and operators <= _SHIFTING
-
-
-def _pads(node: fx.Node) -> bool:
-    """Whether a layer reads zeros beside its input; every transposed convolution does, at its borders."""
-    if node.target is aten.linear.default:
-        return False
-    if OUTPUT_AXIS[node.target] == 1:  # type: ignore[index]
-        return True
-    padding = edit.arguments(node)["padding"]
-    return padding not in ("valid",) and (isinstance(padding, str) or any(padding))
-
-
-def _add_constant(program: Program, node: fx.Node, reader: Reader, constant: Tensor, readers: Counter[int]) -> None:
-    weight = LayerWeight(program, node)
-    weight_GOI = weight.grouped(weight.tensor.double().cpu())
-    weight_GOI = weight_GOI.flatten(3).sum(dim=3) if weight_GOI.dim() > 3 else weight_GOI
-    given = torch.cat([constant, constant.new_zeros(1)])[reader.place.channels]
-    more = (weight_GOI * given.reshape(len(weight_GOI), 1, -1)).sum(dim=2).reshape(-1)
-    bias = edit.constant_of(program.graph_module, edit.arguments(node)["bias"])
-    set_bias(program, node, (more if bias is None else bias.detach().double().cpu() + more).to(weight.tensor), readers)
