@@ -50,6 +50,16 @@ class Block(torch.nn.Module):
         return self.linear(x.flatten(2).transpose(1, 2)).softmax(-1)
 
 
+class Composite(torch.nn.Module):
+    def forward(self, x):
+        return x.to(torch.float16).to(torch.float32)
+
+
+class FlattenedTwice(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * torch.relu(x).flatten(1) + x.flatten(1).exp()
+
+
 class Unknown(torch.nn.Module):
     def forward(self, x):
         return torch.nn.functional.softshrink(x) + torch.special.entr(x.abs())
@@ -67,7 +77,7 @@ def written(module):
 def test_a_program_that_is_not_decomposed_is_written_as_one_that_is(monkeypatch):
     module = Block()
     ours = written(module)
-    monkeypatch.setattr(deploy_onnx, "decompose_if_needed", lambda exported: None)
+    monkeypatch.setattr(deploy_onnx, "decompose_if_needed", lambda exported, translated: None)
     assert written(module) == ours
 
 
@@ -77,7 +87,9 @@ def test_only_what_the_exporter_does_not_know_is_decomposed(monkeypatch):
 
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
     written(Block())
-    with pytest.raises(Exception, match="The program was traced"):
-        written(Unknown())
+    for module in (Unknown(), Composite(), FlattenedTwice()):
+        with pytest.raises(Exception, match="The program was traced"):
+            written(module)
     monkeypatch.undo()
-    written(Unknown())
+    for module in (Unknown(), Composite(), FlattenedTwice()):
+        written(module)

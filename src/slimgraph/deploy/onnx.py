@@ -133,7 +133,7 @@ def to_onnx(
         prepared = cast(prepared, PRECISIONS[precision])
     exported = reexport(prepared)
     carry_names(exported)
-    decompose_if_needed(exported)
+    decompose_if_needed(exported, TRANSLATIONS)
     opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
     with _quiet(), listed_once():
         try:

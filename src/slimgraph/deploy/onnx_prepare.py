@@ -93,10 +93,13 @@ def _flat_linear(node: fx.Node) -> None:
     name, layer = value_of(node), layer_of(node)
     with graph.inserting_before(node):
         leading = [graph.call_function(aten.sym_size.int, (source, axis)) for axis in range(value.dim() - 1)]
-        flat = graph.call_function(aten.flatten.using_ints, (source, 0, value.dim() - 2))
+        flatten = aten.flatten.using_ints, (source, 0, value.dim() - 2)
+        flat = next((user for user in source.users if (user.target, user.args) == flatten), None)
+        if flat is None:  # the first of those that read the value
+            flat = graph.call_function(*flatten)
+            set_names(flat, layer=layer, value=f"{name}/flat")
         product = graph.call_function(aten.linear.default, (flat, *node.args[1:]))
         result = graph.call_function(aten.view.default, (product, [*leading, int(value.shape[-1])]))
-    set_names(flat, layer=layer, value=f"{name}/flat")
     set_names(product, layer=layer, value=f"{name}/product")
     node.replace_all_uses_with(result)
     graph.erase_node(node)

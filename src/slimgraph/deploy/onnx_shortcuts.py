@@ -9,7 +9,7 @@ And it traces each program once more to decompose operators that it does not kno
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +65,26 @@ def _asked() -> dict[str, Any] | None:
     return attributes
 
 
-def decompose_if_needed(exported: torch.export.ExportedProgram) -> None:
-    """Let an exported program answer `run_decompositions` with itself where no operator of it has to be decomposed."""
+def decompose_if_needed(exported: torch.export.ExportedProgram, translated: Collection[Any]) -> None:
+    """Let an exported program answer `run_decompositions` with itself where no operator of it has to be decomposed.
+
+    Args:
+        translated: operators that are translated by other functions than onnxscript's.
+    """
+    known = {translation.qualified_name for translation in translations() if not translation.is_complex}
     decompose = exported.run_decompositions
 
-    def run_decompositions(table: dict[Any, Any], *others: Any) -> torch.export.ExportedProgram:
-        called = (node.target for node in exported.graph.nodes if node.op == "call_function")
-        return exported if all(_stays(target, table) for target in called) else decompose(table, *others)
+    def stays(target: Any) -> bool:
+        if not isinstance(target, torch._ops.OpOverload):
+            return getattr(target, "__module__", "") in ("_operator", "math")  # arithmetic on sizes
+        name: str = target.name()  # type: ignore[no-untyped-call]
+        return (target in translated or name in known) and not target._schema.is_mutable
+
+    def run_decompositions(*args: Any) -> torch.export.ExportedProgram:
+        calls = [node for node in exported.graph.nodes if node.op == "call_function"]
+        # Of a value that is flattened twice onnxscript 0.7 loses one of the two shapes; a decomposed one is viewed.
+        flattened = [node.args[0] for node in calls if node.target is torch.ops.aten.flatten.using_ints]
+        whole = all(stays(node.target) for node in calls) and len(set(flattened)) == len(flattened)
+        return exported if whole else decompose(*args)
 
     vars(exported)["run_decompositions"] = run_decompositions
-
-
-def _stays(target: Any, table: dict[Any, Any]) -> bool:
-    if isinstance(target, torch._ops.OpOverload):
-        return target not in table and not target._schema.is_mutable
-    return getattr(target, "__module__", "") in ("_operator", "math")  # arithmetic on sizes
