@@ -33,6 +33,25 @@ def test_every_command_exists_with_its_options(line):
     typer.main.get_command(app).commands[name].make_context(name, arguments)
 
 
+QUANTIZATION = re.findall(
+    r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "quantization.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
+def test_the_python_of_the_page_on_quantization_runs_from_its_top_to_its_end(tmp_path):
+    script = "\n".join(block for language, block in QUANTIZATION if language == "python")
+    assert "train_quantized" in script
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "codes.onnx").exists()
+
+
+@pytest.mark.parametrize("block", [block.strip() for language, block in QUANTIZATION if not language])
+def test_every_command_of_the_page_on_quantization_exists_with_its_options(block):
+    _, name, *arguments = shlex.split(block)
+    typer.main.get_command(app).commands[name].make_context(name, arguments)
+
+
 def test_every_make_target_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets

@@ -70,8 +70,3 @@ def reader_places(links: Iterable[ChannelLink]) -> list[Place]:
 def clip_places(links: Iterable[ChannelLink]) -> list[Place]:
     """Where channels may be cut: what equalization behind ReLU6 looks at."""
     return [clip.place for link in links for clip in link.clips]
-
-
-def producer_places(links: Iterable[ChannelLink]) -> list[Place]:
-    """Where channels come from: what absorbing high biases looks at."""
-    return [Place(value=link.producer, axis=link.axis, channels=torch.arange(link.channels)) for link in links]
