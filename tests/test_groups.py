@@ -314,3 +314,16 @@ def test_what_is_written_in_place_is_tied_to_where_it_goes():
     assert sizes(found) == {"stem.weight:0": 6}
     assert ("other.weight", 0) in members(found, "stem.weight:0")
     apply_pruning(found.traced.program, plan_removal(found, {"stem.weight:0": (1, 2)}), groups=found)
+
+
+def test_powers_of_a_number_go_element_by_element():
+    class Powers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(2.0 ** self.stem(x))
+
+    found = groups_of(Powers(), 3)
+    assert (found.unknown, sizes(found)) == ({}, {"stem.weight:0": 6})

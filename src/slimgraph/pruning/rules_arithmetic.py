@@ -177,7 +177,7 @@ _BROADCAST = (
     *("logical_and.default", "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_or.Tensor"),
     *("__and__.Tensor", "__or__.Tensor", "remainder.Tensor", "fmod.Tensor", "lerp.Scalar", "lerp.Tensor"),
     *("addcmul.default", "addcdiv.default", "clamp.Tensor", "xlogy.Tensor", "floor_divide.default", "hypot.default"),
-    "copy.default",
+    *("copy.default", "pow.Scalar"),
 )
 _ALONG = (
     *("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default", "softmin.int", "cumsum.default"),
