@@ -840,9 +840,14 @@ def normalized_vectors(net, x):
     return net.head(F.normalize(net.stem(x), dim=-1))
 
 
-@network(image, stem=conv(3, 4), head=conv(6, 2))
+@network(image, stem=conv(3, 4), body=conv(3, 7), head=conv(7, 2))
 def padded_channels(net, x):
-    return net.head(F.pad(net.stem(x), (0, 0, 0, 0, 1, 1)))
+    return net.head(F.pad(net.stem(x), (0, 0, 0, 0, 1, 2)) + net.body(x))
+
+
+@network(image, stem=conv(3, 4), head=conv(6, 2))
+def channels_beside_ones(net, x):
+    return net.head(F.pad(net.stem(x), (0, 0, 0, 0, 1, 1), value=1.0))
 
 
 @network(tokens, stem=linear(3, 6), head=linear(6, 2))

@@ -123,6 +123,10 @@ GROUPS = {
         Group("a.weight:0", 3, (1,), "a>", {">b": (0, 1, 2, 3, 4, 6), "norm >head": (0, 1, 2, 3, 4, 6, 7, 8)}),
         Group("b.weight:0", 2, (1,), "b>", {"norm >head": tuple(range(8))}),
     ],
+    "padded_channels": [  # one channel of zeros before, two behind
+        Group("stem.weight:0", 4, (1,), "stem>", {"body> >head": (0, 1, 3, 4, 5, 6)}),
+        Group("body.weight:0", 2, (0,), stays={"body> >head": (0, 1, 2, 3, 4, 6)}),
+    ],
     "addition_to_a_concatenation": [
         Group("a.weight:0", 3, (1,), "a>", {"c> >head": (0, 2, 3, 4, 5, 6, 7)}),
         Group("b.weight:0", 5, (0, 4), "b>", {"c> >head": (0, 1, 2, 4, 5, 6)}),
@@ -525,7 +529,7 @@ WHOLE = {
     "softmax_of_channels": {"stem": "softmax runs over it", "head": "softmax runs over it"},
     "mean_of_channels": {"stem": "mean runs over it"},
     "normalized_vectors": {"stem": "linalg_vector_norm runs over it", "head": "linalg_vector_norm runs over it"},
-    "padded_channels": {"stem": "padded", "head": "padded"},
+    "channels_beside_ones": {"stem": "padded", "head": "padded"},
     "sums_along": {"stem": "cumsum runs over it", "head": "cumsum runs over it"},
     "rolled_channels": {"stem": "moved along", "head": "moved along"},
     "numbers_by_place": {"stem": "its elements are positions", "head": "its elements are positions"},

@@ -245,6 +245,18 @@ def _scale(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
         _set(twin, "scale", 1.0 / math.sqrt(size_of(axis)))
 
 
+def _padding(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
+    """How many channels of zeros stay on either side."""
+    channels, given = kept.traced.of(node)[1], edit.arguments(node)
+    amounts: list[Any] = list(given["pad"])
+    place = 2 * (len(kept.traced.of(node)) - 2)
+    if len(amounts) <= place or kept.is_whole(channels):
+        return
+    stays, (before, after) = kept.mask(channels), amounts[place : place + 2]
+    amounts[place : place + 2] = int(stays[:before].sum()), int(stays[len(stays) - after :].sum())
+    _set(twin, "pad", amounts)
+
+
 _REWRITES: Mapping[Any, _Rewrite] = MappingProxyType(
     {
         **dict.fromkeys(
@@ -279,6 +291,8 @@ _REWRITES: Mapping[Any, _Rewrite] = MappingProxyType(
             ),
             _groups_of_convolution,
         ),
+        aten.constant_pad_nd.default: _padding,
+        aten.pad.default: _padding,
         aten.group_norm.default: _groups_of_norm,
         aten.channel_shuffle.default: _groups_of_shuffle,
         aten.layer_norm.default: _normalized_shape,

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import slimgraph.program.edit as edit
-from slimgraph.pruning.axes import Atom, Tree, factor_inner, pin, product, size_of
+from slimgraph.pruning.axes import Atom, Tree, concatenation, factor_inner, pin, product, size_of
 from slimgraph.pruning.shuffle import Shuffle, is_loose, shuffled
 from slimgraph.pruning.trace import Axes, Rule, Trace
 
@@ -17,15 +17,21 @@ aten = torch.ops.aten
 
 
 def pad(trace: Trace, node: fx.Node) -> Axes:
-    """Axes that are padded stay whole."""
+    """Channels that zeros are put beside are concatenated with these; other axes that are padded stay whole."""
     axes, shape = trace.axes(node.args[0]), trace.shape(node)
-    amounts = trace.number(trace.given(node)["pad"])
+    given = trace.given(node)
+    amounts = trace.number(given["pad"])
+    zeros = node.target is aten.constant_pad_nd.default or given.get("mode") == "constant"
     for pair in range(len(amounts) // 2):
-        if amounts[2 * pair] or amounts[2 * pair + 1]:
-            pin(axes[-1 - pair], "padded")
-            made = Atom(shape[-1 - pair])
+        before, after = amounts[2 * pair : 2 * pair + 2]
+        axis = len(axes) - 1 - pair
+        if zeros and not given.get("value") and axis == 1 and len(axes) > 2 and min(before, after) >= 0:
+            axes[axis] = concatenation(Atom(before), axes[axis], Atom(after))
+        elif before or after:
+            pin(axes[axis], "padded")
+            made = Atom(shape[axis])
             pin(made, "padded")
-            axes[-1 - pair] = made
+            axes[axis] = made
     return axes
 
 
