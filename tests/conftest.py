@@ -2,12 +2,17 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 
 def pytest_configure():
     os.environ.setdefault("MPLBACKEND", "Agg")
+    hypothesis.settings.register_profile(
+        "shared", deadline=None
+    )  # how long an example takes depends on who else computes
+    hypothesis.settings.load_profile("shared")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # two workers that each use all cores are slower than one after the other
         threads = max(1, (os.cpu_count() or 1) // workers)
