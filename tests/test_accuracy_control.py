@@ -195,8 +195,8 @@ def test_an_interruption_leaves_nothing_half_written(sick, tmp_path):
             raise KeyboardInterrupt
 
     (tmp_path / "model.onnx").write_text("older")
+    options = {"max_drop": 0.02, "progress": interrupt, "repairs": "bias"}
     with pytest.raises(KeyboardInterrupt):
-        options = {"max_drop": 0.02, "progress": interrupt, "repairs": "bias"}
         compress(sick, CALIBRATION, eval_data=EVALUATION, out=tmp_path, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "older"
