@@ -110,3 +110,18 @@ def test_only_onnx_files_in_float32_have_them(network, tmp_path):
     failed = run("convert", tmp_path / "integers.pt2", tmp_path / "again.pt2", "--float-codes")
     assert failed.exit_code == 2
     assert "--float-codes" in failed.stderr or "float_codes" in failed.stderr
+
+
+def test_onnx_runtime_does_not_round_the_weights_again(tmp_path):
+    """It would, with one scale for all channels, where float weights stand between integers."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    layers[0].weight.data *= torch.logspace(-2, 1, 16).reshape(-1, 1, 1, 1)
+    program = slimgraph.capture(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 8, 8))
+    integers = slimgraph.quantize(program, calibration=[torch.randn(16, 3, 8, 8)])
+    slimgraph.save(integers, tmp_path / "floats.onnx", float_codes=True)  # checks every code
+    x = torch.randn(8, 3, 8, 8)
+    exact, found = (
+        OnnxModel.open(tmp_path / "floats.onnx", optimize=optimize)(x)["output"] for optimize in (False, True)
+    )
+    np.testing.assert_allclose(exact, found, atol=2 * np.abs(exact).max() / 255)

@@ -69,6 +69,7 @@ def export_onnx(
     model = to_onnx(program, precision=precision, with_tail=with_tail, weight_kernels=not float_codes)
     if float_codes:
         hold_codes_in_float(model)
+        keep_float_layers(model)
     if narrow_codes:
         pack_narrow_codes(model)
     _write(model, path, external_data_above)

@@ -49,6 +49,10 @@ def keep_float_layers(model: ir.Model) -> None:
 
 
 def _is_float(weight: ir.Value | None) -> bool:
+    """Whether it is stored in float, or folded to such a weight when the file is loaded."""
+    made = None if weight is None else weight.producer()
+    if made is not None and made.op_type in ("Mul", "Reshape"):  # codes in float, and their scale
+        return _is_float(made.inputs[0])
     return weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
 
 
