@@ -58,6 +58,7 @@ def test_a_size_between_those_of_four_and_eight_bits_mixes_them(network, tmp_pat
     assert schemes["conv3"] == f"int{bits_of(mixed)['conv3']} per channel"
 
 
+@pytest.mark.slow
 def test_what_repairs_narrow_weights_is_tried_unless_it_is_said(network, tmp_path):
     tried = compress(network, DATA, out=tmp_path, bits=[4])
     noise = next(entry.result["noise"] for entry in tried.program.history if entry.step == "choose_repairs")

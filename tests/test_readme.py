@@ -38,6 +38,7 @@ QUANTIZATION = re.findall(
 )
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_on_quantization_runs_from_its_top_to_its_end(tmp_path):
     script = "\n".join(block for language, block in QUANTIZATION if language == "python")
     assert "train_quantized" in script
