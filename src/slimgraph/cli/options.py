@@ -64,7 +64,11 @@ Target = Annotated[
 ]
 Algorithm = Annotated[
     str,
-    typer.Option("--algorithm", help="How ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf."),
+    typer.Option(
+        "--algorithm",
+        help="How ranges are chosen: abs_max, min_max, avg, hist, mse, emd or ptf; or KL, for comparison, which may lose "
+        "very much.",
+    ),
 ]
 RepairsOption = Annotated[
     str | None,
