@@ -66,7 +66,7 @@ Algorithm = Annotated[
     str,
     typer.Option(
         "--algorithm",
-        help="How ranges are chosen: abs_max, min_max, avg, hist, mse, emd or ptf; or KL, for comparison, which may lose "
+        help="How ranges are chosen: abs_max, min_max, avg, hist, mse, emd or ptf; or KL, to compare, which may lose "
         "very much.",
     ),
 ]
