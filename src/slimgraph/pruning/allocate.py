@@ -1,16 +1,15 @@
 """Decide which indices go: a ratio for each group, one for all, or the least important of the whole program."""
 
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from slimgraph.errors import ConfigError, UnknownNameError, closest
+from slimgraph.program.select import name_test
 from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, atoms, resolved, size_of
 from slimgraph.pruning.cost import Cost
 from slimgraph.pruning.groups import Group, Groups
@@ -47,19 +46,7 @@ def matching(groups: Groups, pattern: str) -> tuple[Group, ...]:
         UnknownNameError: it names nothing; a layer whose outputs stay whole anyway selects no group.
         ConfigError: the regular expression is not valid.
     """
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}.") from error
-
-        def matches(name: str) -> bool:
-            return expression.fullmatch(name) is not None
-    else:
-
-        def matches(name: str) -> bool:
-            return name == pattern or fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-
+    matches = name_test(pattern)
     found = tuple(group for group in groups.groups if any(map(matches, _names(group))))
     if not found:
         # The inputs of a layer may be pruned, and its outputs be those of the program.
