@@ -28,9 +28,11 @@ class Translation:
 
 @functools.cache
 def translations() -> tuple[Translation, ...]:
-    """All that onnxscript has, in its order."""
-    from onnxscript.function_libs.torch_lib import ops, registration
-
+    """All that onnxscript has, in its order; none where a version keeps them elsewhere."""
+    try:
+        from onnxscript.function_libs.torch_lib import ops, registration
+    except ImportError:
+        return ()
     assert ops is not None  # importing it is what fills the registry
     return tuple(
         Translation(qualified_name=name, function=function, is_complex=is_complex)
@@ -58,11 +60,10 @@ def _asked() -> dict[str, Any] | None:
     """The attributes of the object that the exporter asks; what it has not got itself it takes from onnxscript."""
     try:
         registration = importlib.import_module("torch.onnx._internal.exporter._registration")
-        translations()
         attributes: dict[str, Any] = vars(registration.onnxscript_apis)
     except (ImportError, AttributeError, TypeError):
         return None
-    return attributes
+    return attributes if translations() else None
 
 
 def decompose_if_needed(exported: torch.export.ExportedProgram, translated: Collection[Any]) -> None:
