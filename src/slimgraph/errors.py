@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SlimgraphError(Exception):
@@ -89,6 +93,13 @@ def closest(name: str, names: Iterable[str], *, limit: int = 5) -> str:
         return "None exists."
     shown = existing if len(existing) <= _FEW else [*existing[:limit], "…"]
     return f"Existing: {', '.join(shown)}."
+
+
+def first_fault(error: "ValidationError") -> str:
+    """Where pydantic found the first thing that is wrong in a text, and what it is."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the text"
+    return f"{place}: {first['msg']}"
 
 
 def _abbreviates(short: str, name: str) -> bool:

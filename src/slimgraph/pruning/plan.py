@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from slimgraph.errors import ConfigError
+from slimgraph.errors import ConfigError, first_fault
 from slimgraph.table import text_table
 
 
@@ -67,6 +67,4 @@ def pruning_plan_from_json(text: str) -> PruningPlan:
     try:
         return _ADAPTER.validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the text"
-        raise ConfigError(f"This is no pruning plan: {place}: {first['msg']}.") from error
+        raise ConfigError(f"This is no pruning plan: {first_fault(error)}.") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from slimgraph.errors import ConfigError, DataError
+from slimgraph.errors import ConfigError, DataError, first_fault
 from slimgraph.files import write_text
 from slimgraph.program.fingerprint import fingerprint
 from slimgraph.program.program import Program
@@ -45,10 +45,8 @@ def load_sensitivity(path: str | os.PathLike[str]) -> Sensitivity:
     try:
         return _ADAPTER.validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the text"
         raise DataError(
-            f"{path} holds no sensitivities: {place}: {first['msg']}. It may be half of a file; measure again, or copy "
+            f"{path} holds no sensitivities: {first_fault(error)}. It may be half of a file; measure again, or copy "
             "it again from where it is whole."
         ) from error
 

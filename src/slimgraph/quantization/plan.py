@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from slimgraph.errors import ConfigError, UnknownNameError, closest
+from slimgraph.errors import ConfigError, UnknownNameError, closest, first_fault
 from slimgraph.program.scheme import IntScheme
 from slimgraph.table import text_table
 
@@ -172,6 +172,4 @@ def plan_from_json(text: str) -> QuantizationPlan:
     try:
         return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the text"
-        raise ConfigError(f"This is no quantization plan: {place}: {first['msg']}.") from error
+        raise ConfigError(f"This is no quantization plan: {first_fault(error)}.") from error
