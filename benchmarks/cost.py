@@ -40,7 +40,7 @@ def _run(method: str, folder: Path) -> None:
 def _slimgraph(program, source, folder: Path) -> None:
     from slimgraph.deploy.check_export import check_export
     from slimgraph.deploy.onnx import export_onnx
-    from slimgraph.quantization.quantize import quantize
+    from slimgraph.quantization.post_training import quantize
 
     quantized = quantize(program, calibration=(batch.inputs for batch in source))
     export_onnx(quantized, folder / "int8.onnx")
@@ -54,7 +54,7 @@ def _observing() -> str:
 
     from slimgraph.quantization.calibration import collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
-    from slimgraph.quantization.quantize import prepare
+    from slimgraph.quantization.post_training import prepare
 
     program = MOBILENET_V1.program()
     prepared = prepare(program)

@@ -22,7 +22,7 @@ from slimgraph.deploy.latency import measure_latency
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.formats import load
 from slimgraph.program.program import Program
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from models.timm_networks import create, example_input
 from slimgraph.deploy.latency import measure_latency
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 def _row(title: str, target: str, module: torch.nn.Module, folder: Path) -> list[str]:

@@ -23,8 +23,8 @@ from torch import nn
 from models.timm_networks import create, example_input
 from slimgraph.program.capture import capture
 from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.post_training import prepare, quantize_with_record
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
-from slimgraph.quantization.quantize import prepare, quantize_with_record
 
 _BATCH, _SIZE = 16, 96
 

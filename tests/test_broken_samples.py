@@ -9,7 +9,7 @@ from slimgraph.errors import CalibrationError, DataError
 from slimgraph.program.capture import capture
 from slimgraph.quantization import plan_quantization, prepare, quantize_weights, reconstruct
 from slimgraph.quantization.calibration import calibrate
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 class Root(nn.Module):

@@ -23,7 +23,7 @@ from slimgraph.formats import convert, save
 from slimgraph.program.capture import capture
 from slimgraph.program.differences import differences
 from slimgraph.program.signature import Signature, TensorSpec
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 NAN, INF = float("nan"), float("inf")
 

@@ -14,7 +14,7 @@ from slimgraph.deploy.compare import compare
 from slimgraph.errors import DataError, ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.fold import fold_batch_norm
-from slimgraph.quantization.quantize import prepare, quantize
+from slimgraph.quantization.post_training import prepare, quantize
 
 
 def chain(*factors):

@@ -14,7 +14,7 @@ from slimgraph.deploy.kernels import FLOAT_KERNELS, INTEGER_KERNELS, FloatLayer,
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.errors import ModelLoadError
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 IMAGE = ("batch", 16, 8, 8)
 

@@ -9,7 +9,7 @@ from slimgraph.deploy.layer_latency import measure_layer_latency
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.errors import ConfigError, DataError
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 class Convolutions(nn.Module):

@@ -14,8 +14,8 @@ from slimgraph.pruning.zeros import count_zeros
 from slimgraph.quantization import apply_quantization, freeze
 from slimgraph.quantization.calibration import calibrate
 from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.post_training import prepare
 from slimgraph.quantization.qat import prepare_qat
-from slimgraph.quantization.quantize import prepare
 from slimgraph.training.loop import fit
 from slimgraph.training.losses import imitate
 from slimgraph.training.masks import HeldMasks, KeepMasks, Masks, masks_of_zeros

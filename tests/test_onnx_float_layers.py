@@ -13,7 +13,7 @@ from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.formats import load
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 class Between(nn.Module):

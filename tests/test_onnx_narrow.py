@@ -11,7 +11,7 @@ from slimgraph.deploy.onnx import export_onnx
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.formats import load
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import slimgraph
 from slimgraph.deploy import ort
 from slimgraph.deploy.ort import export_ort
 from slimgraph.errors import ExportError
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from models.toys import TwoInputs, make
 from slimgraph.deploy.compare import compare
 from slimgraph.program.capture import capture
 from slimgraph.program.parts import in_parts
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
 from slimgraph.quantization.freezing import freeze
 from slimgraph.quantization.insertion import insert
 from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.post_training import prepare, quantize
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
-from slimgraph.quantization.quantize import prepare, quantize
 from slimgraph.quantization.reach import with_best_reach
 
 PER_TENSOR = ("abs_max", "range_abs_max", "moving_average_abs_max")

@@ -14,7 +14,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.edit import arguments
 from slimgraph.program.names import operator_name
 from slimgraph.program.recognise import recognise
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 N, D = 6, 4  # tokens of a window or sequence, and features of a head
 ATTENTION = "scaled_dot_product_attention"

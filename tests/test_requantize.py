@@ -9,7 +9,7 @@ from slimgraph.errors import ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.quantize import prepare, quantize, quantize_again, quantize_with_record
+from slimgraph.quantization.post_training import prepare, quantize, quantize_again, quantize_with_record
 
 
 class Network(nn.Module):

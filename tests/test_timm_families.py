@@ -8,7 +8,7 @@ from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.program.capture import capture
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from slimgraph.program.capture import capture
 from slimgraph.program.qdq import is_quantized
 from slimgraph.quantization import Pact, apply_quantization, freeze
 from slimgraph.quantization.aware_training import FreezeLate, train_quantized
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 from slimgraph.training.batch import Batch
 from slimgraph.training.loop import Hook
 from slimgraph.training.losses import imitate

@@ -10,7 +10,7 @@ from account import report
 
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.formats import load
-from slimgraph.quantization.quantize import quantize
+from slimgraph.quantization.post_training import quantize
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slimgraph.pruning.prune import prune
     from slimgraph.pruning.sparsify import sparsify
     from slimgraph.quantization.aware_training import train_quantized
-    from slimgraph.quantization.quantize import quantize
+    from slimgraph.quantization.post_training import quantize
     from slimgraph.training.evaluate import evaluate
 
 __version__ = "0.1.0"
@@ -87,7 +87,7 @@ _HOMES = {
     "load": "slimgraph.formats",
     "measure_latency": "slimgraph.deploy.latency",
     "prune": "slimgraph.pruning.prune",
-    "quantize": "slimgraph.quantization.quantize",
+    "quantize": "slimgraph.quantization.post_training",
     "save": "slimgraph.formats",
     "sparsify": "slimgraph.pruning.sparsify",
     "train_quantized": "slimgraph.quantization.aware_training",

@@ -10,7 +10,7 @@ from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import Json, Program
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import Quantization
+from slimgraph.quantization.post_training import Quantization
 from slimgraph.report.content import Notice, Report
 from slimgraph.report.environment import read_environment
 from slimgraph.report.facts import AccuracyControl, IntegerKernels, MetricResult, ModelFacts

@@ -15,7 +15,7 @@ from slimgraph.quantization.agreement import output_noise
 from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.mixed_bits import FLOAT
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import Quantization, quantize_again
+from slimgraph.quantization.post_training import Quantization, quantize_again
 from slimgraph.report.facts import AccuracyControl, Attempt, SparedLayer
 
 _RANGES = ("min_max", "hist", "KL", "mse", "emd")

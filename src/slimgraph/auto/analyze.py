@@ -17,7 +17,7 @@ from slimgraph.quantization.analysis import SAMPLES, Analysis, LayerAnalysis
 from slimgraph.quantization.analysis import analyze as analyze_quantization
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import (
+from slimgraph.quantization.post_training import (
     Quantization,
     prepare,
     quantize_with_record,

@@ -11,7 +11,7 @@ from slimgraph.program.program import HistoryEntry
 from slimgraph.program.tail import Tail
 from slimgraph.quantization.mixed_bits import FLOAT, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import Quantization
+from slimgraph.quantization.post_training import Quantization
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import AccuracyControl, MetricResult, SparedLayer
 from slimgraph.report.headline import SAME_LATENCY, difference_text

@@ -42,7 +42,7 @@ from slimgraph.program.program import Program, require_program
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
 from slimgraph.quantization.mixed_bits import Budget, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import (
+from slimgraph.quantization.post_training import (
     Quantization,
     prepare,
     quantize_with_record,

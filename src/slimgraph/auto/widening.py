@@ -16,7 +16,7 @@ from slimgraph.quantization.mixed_bits import FLOAT
 from slimgraph.quantization.neighbours import nearest
 from slimgraph.quantization.operators import data_inputs, kind_of
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import Quantization
+from slimgraph.quantization.post_training import Quantization
 from slimgraph.quantization.sensitivity import measure_sensitivity
 
 REASON = "accuracy: with it in integers the metric drops by more than allowed"

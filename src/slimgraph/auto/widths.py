@@ -14,7 +14,7 @@ from slimgraph.program.program import Program
 from slimgraph.quantization.mixed_bits import FLOAT, Budget, LayerTimes, MixedBits, budget_of, choose_bits
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.quantize import Quantization
+from slimgraph.quantization.post_training import Quantization
 from slimgraph.quantization.reach import NARROW_BITS
 from slimgraph.quantization.sensitivity import measure_sensitivity
 

@@ -1,7 +1,7 @@
 """Quantization: plan it, calibrate it, repair it, train for it, and write it into a program.
 
-`slimgraph.quantize` and `slimgraph.train_quantized` do all of it in one call. The names below are its steps, for those
-who look at a plan, change it, or train in a loop of their own.
+`quantize`, `quantize_dynamic`, `quantize_weights` and `train_quantized` do all of it in one call. The other names below
+are its steps, for those who look at a plan, change it, or train in a loop of their own.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
     from slimgraph.quantization.apply import apply_quantization
+    from slimgraph.quantization.aware_training import train_quantized
     from slimgraph.quantization.calibration import calibrate, choose_ranges, collect_statistics, values_to_observe
     from slimgraph.quantization.compensated_rounding import gptq
     from slimgraph.quantization.documented import (
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from slimgraph.quantization.insertion import insert
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
+    from slimgraph.quantization.post_training import prepare, quantize
     from slimgraph.quantization.qat import parameter_groups, prepare_qat
-    from slimgraph.quantization.quantize import prepare
     from slimgraph.quantization.reach import best_reach, with_best_reach
     from slimgraph.quantization.reconstruction import reconstruct
     from slimgraph.quantization.regions import Region
@@ -62,10 +63,12 @@ __all__ = [
     "plan_weights",
     "prepare",
     "prepare_qat",
+    "quantize",
     "quantize_dynamic",
     "quantize_weights",
     "reconstruct",
     "smooth",
+    "train_quantized",
     "values_to_observe",
     "with_best_reach",
 ]
@@ -98,12 +101,14 @@ _HOMES = {
     "plan_from_json": "quantization.plan",
     "plan_quantization": "quantization.placement",
     "plan_weights": "quantization.weight_only",
-    "prepare": "quantization.quantize",
+    "prepare": "quantization.post_training",
     "prepare_qat": "quantization.qat",
+    "quantize": "quantization.post_training",
     "quantize_dynamic": "quantization.dynamic",
     "quantize_weights": "quantization.weight_only",
     "reconstruct": "quantization.reconstruction",
     "smooth": "quantization.smoothing",
+    "train_quantized": "quantization.aware_training",
     "values_to_observe": "quantization.calibration",
     "with_best_reach": "quantization.reach",
 }

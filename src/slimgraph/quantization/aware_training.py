@@ -20,8 +20,8 @@ from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
 from slimgraph.quantization.fake_quantizers import PER_CHANNEL, ActivationRange, Pact, WeightRange
 from slimgraph.quantization.freezing import freeze
 from slimgraph.quantization.placement import plan_quantization
+from slimgraph.quantization.post_training import Remembering, prepare, require_finite, require_float, require_work
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
-from slimgraph.quantization.quantize import Remembering, prepare, require_finite, require_float, require_work
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.reach import with_best_reach
 from slimgraph.training.answers import answering

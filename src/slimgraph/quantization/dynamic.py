@@ -6,7 +6,7 @@ from slimgraph.deploy.targets import Target, resolved_target
 from slimgraph.program.program import Program, require_program
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.quantize import prepare, require_finite, require_float, require_work
+from slimgraph.quantization.post_training import prepare, require_finite, require_float, require_work
 
 DYNAMIC_OPERATORS = ("linear",)
 """ONNX Runtime computes convolutions on such ranges slower than in float."""

@@ -21,7 +21,7 @@ from slimgraph.quantization.documented import DENSE, DEPTHWISE, operators_named
 from slimgraph.quantization.operators import WEIGHT_AXIS, is_depthwise, kind_of, weight_position
 from slimgraph.quantization.placement import has_weights
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
-from slimgraph.quantization.quantize import prepare, require_finite, require_float
+from slimgraph.quantization.post_training import prepare, require_finite, require_float
 from slimgraph.quantization.reach import with_best_reach
 
 aten = torch.ops.aten
