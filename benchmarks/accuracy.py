@@ -17,7 +17,7 @@ from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, RANGE_ALGORITHMS
 from slimgraph.training.evaluate import evaluate, paired_difference
 

@@ -19,7 +19,7 @@ def _one_pass() -> list[list[str]]:
 
     from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
-    from slimgraph.quantization.post_training import prepare
+    from slimgraph.quantization.preparation import prepare
     from slimgraph.quantization.ranges import RANGE_ALGORITHMS
 
     rows = []
@@ -74,7 +74,7 @@ def _encoder(algorithm: str) -> None:
     from slimgraph.program.capture import capture
     from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
-    from slimgraph.quantization.post_training import prepare
+    from slimgraph.quantization.preparation import prepare
 
     torch.manual_seed(0)
     model = BertModel(BertConfig(attn_implementation="sdpa"), add_pooling_layer=False).eval()

@@ -54,7 +54,7 @@ def _observing() -> str:
 
     from slimgraph.quantization.calibration import collect_statistics, values_to_observe
     from slimgraph.quantization.placement import plan_quantization
-    from slimgraph.quantization.post_training import prepare
+    from slimgraph.quantization.preparation import prepare
 
     program = MOBILENET_V1.program()
     prepared = prepare(program)

@@ -17,7 +17,7 @@ from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.reach import with_best_reach
 from slimgraph.quantization.reconstruction import reconstruct
 from slimgraph.training.evaluate import evaluate, paired_difference

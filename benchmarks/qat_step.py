@@ -23,7 +23,8 @@ from torch import nn
 from models.timm_networks import create, example_input
 from slimgraph.program.capture import capture
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize_with_record
+from slimgraph.quantization.post_training import quantize_with_record
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 
 _BATCH, _SIZE = 16, 96

@@ -16,7 +16,8 @@ from slimgraph.program.capture import capture
 from slimgraph.program.program import Program
 from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize_with_record
+from slimgraph.quantization.post_training import quantize_with_record
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.repair import Repairs
 
 REPAIRS: dict[str, Repairs | str] = {

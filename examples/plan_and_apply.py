@@ -11,7 +11,7 @@ import slimgraph
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 
 torch.manual_seed(0)
 network = nn.Sequential(

@@ -16,7 +16,8 @@ from slimgraph.deploy.targets import resolved_target, target_named
 from slimgraph.program.archive import save_program
 from slimgraph.program.capture import capture
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize_with_record
+from slimgraph.quantization.post_training import quantize_with_record
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.sensitivity import measure_sensitivity
 from slimgraph.training.data import open_data
 from slimgraph.training.evaluate import evaluate

@@ -17,7 +17,7 @@ from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.causes import ACTIVATION_RULES, WEIGHT_RULES
 from slimgraph.quantization.evidence import activation_evidence, channel_axis
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.sensitivity import measure_sensitivity
 from slimgraph.quantization.smoothing import smooth
 

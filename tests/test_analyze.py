@@ -18,7 +18,8 @@ from report_sample import ENVIRONMENT, sample_histogram, sample_report
 from slimgraph.auto import analyze as auto_analyze
 from slimgraph.auto.analyze import affordable_samples
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize_with_record
+from slimgraph.quantization.post_training import quantize_with_record
+from slimgraph.quantization.preparation import prepare
 from slimgraph.report.analysis import AnalysisReport, headline, render_analysis
 from slimgraph.report.html import _with_options
 from slimgraph.report.loss_plots import MOST_CHANNELS, channel_strip, loss_shares

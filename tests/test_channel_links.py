@@ -9,7 +9,7 @@ from models import toys
 from models.captured import captured
 from slimgraph.program.capture import capture
 from slimgraph.quantization.channel_links import channel_links
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.rescale import rescale
 
 

@@ -14,7 +14,8 @@ from slimgraph.deploy.compare import compare
 from slimgraph.errors import DataError, ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.program.fold import fold_batch_norm
-from slimgraph.quantization.post_training import prepare, quantize
+from slimgraph.quantization.post_training import quantize
+from slimgraph.quantization.preparation import prepare
 
 
 def chain(*factors):

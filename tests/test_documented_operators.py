@@ -18,7 +18,7 @@ from slimgraph.quantization.documented import (
     operators_named,
 )
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 
 
 class Mixed(nn.Module):

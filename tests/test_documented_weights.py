@@ -10,7 +10,7 @@ from slimgraph.errors import ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.documented_weights import clipping_threshold, plan_weights_as_documented
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.dynamic import quantize_dynamic
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.sensitivity import measure_sensitivity
 
 

@@ -10,7 +10,7 @@ from slimgraph.program.capture import capture
 from slimgraph.quantization.channel_links import channel_links
 from slimgraph.quantization.channel_ranges import channel_ranges, clip_places
 from slimgraph.quantization.equalization import equalize
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 
 
 class Two(nn.Module):

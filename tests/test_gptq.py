@@ -14,7 +14,7 @@ from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.compensated_rounding import gptq, gptq_matrix
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.reach import best_reach
 from slimgraph.quantization.weight_only import plan_weights
 

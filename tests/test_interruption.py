@@ -8,7 +8,8 @@ from slimgraph.auto.pipeline import compress
 from slimgraph.program.capture import capture
 from slimgraph.quantization.calibration import calibrate
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize
+from slimgraph.quantization.post_training import quantize
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.weight_only import quantize_weights
 
 

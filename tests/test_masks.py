@@ -14,7 +14,7 @@ from slimgraph.pruning.zeros import count_zeros
 from slimgraph.quantization import apply_quantization, freeze
 from slimgraph.quantization.calibration import calibrate
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.qat import prepare_qat
 from slimgraph.training.loop import fit
 from slimgraph.training.losses import imitate

@@ -14,7 +14,7 @@ from slimgraph.program.capture import capture
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.mixed_bits import FLOAT, Budget, LayerTimes, budget_of, choose_bits, plan_bits
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.sensitivity import QuantizerSensitivity, Sensitivity, measure_sensitivity
 
 LAYERS = ("a", "b", "c", "d")

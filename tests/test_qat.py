@@ -22,7 +22,8 @@ from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
 from slimgraph.quantization.freezing import freeze
 from slimgraph.quantization.insertion import insert
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize
+from slimgraph.quantization.post_training import quantize
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.reach import with_best_reach
 

@@ -28,7 +28,8 @@ from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.correct_bias import correct_bias
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
-from slimgraph.quantization.post_training import prepare, quantize, quantize_with_record, require_finite
+from slimgraph.quantization.post_training import quantize, quantize_with_record
+from slimgraph.quantization.preparation import prepare, require_finite
 
 
 def batches(name, count=4, size=8):

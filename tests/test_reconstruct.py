@@ -19,7 +19,7 @@ from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, 
 from slimgraph.quantization.lockstep import Schedule, batches_of
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import plan_from_json
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.reach import best_reach, with_best_reach
 from slimgraph.quantization.reconstruction import reconstruct
 from slimgraph.quantization.regions import Region, block_regions, layer_regions, resolve

@@ -13,7 +13,8 @@ from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import correct_bias, correct_weights
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import Remembering, prepare, quantize, quantize_again, quantize_with_record
+from slimgraph.quantization.post_training import Remembering, quantize, quantize_again, quantize_with_record
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.repair import Repairs, best_repairs, repairs_of
 from slimgraph.quantization.samples import first_samples
 

@@ -9,7 +9,8 @@ from slimgraph.errors import ConfigError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.merge import merge_quantizers
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, quantize, quantize_again, quantize_with_record
+from slimgraph.quantization.post_training import quantize, quantize_again, quantize_with_record
+from slimgraph.quantization.preparation import prepare
 
 
 class Network(nn.Module):

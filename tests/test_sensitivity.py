@@ -13,7 +13,7 @@ from slimgraph.program.scheme import quantize as to_codes
 from slimgraph.quantization.apply import apply_quantization, weight_scale
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.sensitivity import measure_sensitivity
 
 

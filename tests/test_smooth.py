@@ -7,7 +7,7 @@ from torch import nn
 from slimgraph.errors import CalibrationError, ConfigError
 from slimgraph.program.capture import capture
 from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.smoothing import smooth
 
 WIDTH = 8

@@ -16,7 +16,7 @@ from slimgraph.program.count import count
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
 from slimgraph.quantization.apply import apply_quantization, rounded_weight, weight_grid, weight_scale
 from slimgraph.quantization.plan import plan_from_json
-from slimgraph.quantization.post_training import prepare
+from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.reach import best_reach, with_best_reach
 from slimgraph.quantization.sensitivity import measure_sensitivity
 from slimgraph.quantization.weight_only import plan_weights, quantize_weights

@@ -10,21 +10,13 @@ from slimgraph.auto.given_data import Data, open_given
 from slimgraph.auto.layers import grid_of_value, range_histograms
 from slimgraph.auto.outcome import Progress
 from slimgraph.deploy.compare import Comparison
-from slimgraph.deploy.targets import resolved_target
 from slimgraph.program.count import count
-from slimgraph.program.program import Program, require_program
+from slimgraph.program.program import Program
 from slimgraph.quantization.analysis import SAMPLES, Analysis, LayerAnalysis
 from slimgraph.quantization.analysis import analyze as analyze_quantization
-from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.post_training import (
-    Quantization,
-    prepare,
-    quantize_with_record,
-    require_finite,
-    require_float,
-    require_work,
-)
+from slimgraph.quantization.post_training import Quantization, quantize_with_record
+from slimgraph.quantization.preparation import prepare_and_plan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM
 from slimgraph.report.analysis import AnalysisReport, write_analysis
 from slimgraph.report.environment import read_environment
@@ -107,14 +99,8 @@ def analyze(
         SlimgraphError: anything given cannot be used, or the program has nothing to quantize.
         CalibrationError: a value has NaN or infinity; the message names value and batch.
     """
-    require_program(program)
-    require_float(program)
-    require_finite(program)
-    resolved = resolved_target(target)
+    prepared, plan = prepare_and_plan(program, target, skip=skip)
     calibration = open_given(data, program.signature, what="data", seed=seed)
-    prepared = prepare(program, target=resolved)
-    plan = plan_quantization(prepared, target=resolved, skip=skip)
-    require_work(plan)
     say = progress or _say_nothing
     quantized = quantize_with_record(
         prepared,

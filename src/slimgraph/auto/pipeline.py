@@ -38,18 +38,12 @@ from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
 from slimgraph.program.archive import save_program
 from slimgraph.program.count import count
-from slimgraph.program.program import Program, require_program
+from slimgraph.program.program import Program
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
 from slimgraph.quantization.mixed_bits import Budget, MixedBits
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.post_training import (
-    Quantization,
-    prepare,
-    quantize_with_record,
-    require_finite,
-    require_float,
-    require_work,
-)
+from slimgraph.quantization.post_training import Quantization, quantize_with_record
+from slimgraph.quantization.preparation import prepare, require_quantizable, require_work
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.repair import AUTO, Repairs, repairs_named
 from slimgraph.report.content import Notice, Report
@@ -312,9 +306,7 @@ def compress(
 
 def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, threads: int) -> None:
     """Refuse what is wrong before any work is done."""
-    require_program(program)
-    require_float(program)
-    require_finite(program)
+    require_quantizable(program)
     find_metric(metric)
     range_algorithm(algorithm)
     if not (math.isfinite(max_drop) and max_drop >= 0):

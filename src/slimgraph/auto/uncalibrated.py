@@ -15,7 +15,8 @@ from slimgraph.quantization.compensated_rounding import SAMPLES as GPTQ_SAMPLES
 from slimgraph.quantization.dynamic import DYNAMIC_OPERATORS
 from slimgraph.quantization.placement import plan_quantization
 from slimgraph.quantization.plan import QuantizationPlan
-from slimgraph.quantization.post_training import Quantization, require_work
+from slimgraph.quantization.post_training import Quantization
+from slimgraph.quantization.preparation import require_work
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM
 from slimgraph.quantization.repair import Repairs
 from slimgraph.quantization.weight_only import plan_weights, require_weights, weights_to_round

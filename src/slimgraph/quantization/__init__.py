@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from slimgraph.quantization.insertion import insert
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
-    from slimgraph.quantization.post_training import prepare, quantize
+    from slimgraph.quantization.post_training import quantize
+    from slimgraph.quantization.preparation import prepare
     from slimgraph.quantization.qat import parameter_groups, prepare_qat
     from slimgraph.quantization.reach import best_reach, with_best_reach
     from slimgraph.quantization.reconstruction import reconstruct
@@ -101,7 +102,7 @@ _HOMES = {
     "plan_from_json": "quantization.plan",
     "plan_quantization": "quantization.placement",
     "plan_weights": "quantization.weight_only",
-    "prepare": "quantization.post_training",
+    "prepare": "quantization.preparation",
     "prepare_qat": "quantization.qat",
     "quantize": "quantization.post_training",
     "quantize_dynamic": "quantization.dynamic",

@@ -9,18 +9,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimgraph.deploy.targets import Target, resolved_target
+from slimgraph.deploy.targets import Target
 from slimgraph.errors import ConfigError, DataError
 from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
-from slimgraph.program.program import HistoryEntry, Program, require_program
+from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import calibrate
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES, correct_bias
 from slimgraph.quantization.fake_quantizers import PER_CHANNEL, ActivationRange, Pact, WeightRange
 from slimgraph.quantization.freezing import freeze
-from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import Remembering, prepare, require_finite, require_float, require_work
+from slimgraph.quantization.post_training import Remembering
+from slimgraph.quantization.preparation import prepare_and_plan
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.reach import with_best_reach
@@ -146,10 +146,16 @@ def train_quantized(
             `apply_quantization(frozen.program, frozen.plan)` makes integers of it; `fit` trains it on, with a
             smaller learning rate.
     """
-    require_program(program)
-    require_float(program)
-    require_finite(program)
     # What is wrong shows before anything slow begins.
+    prepared, plan = prepare_and_plan(
+        program,
+        target,
+        skip=skip,
+        operators=operators,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        weight_per_channel=weight_quantize_type in PER_CHANNEL,
+    )
     range_algorithm(algorithm)
     require_length(epochs, steps)
     groups = _groups(optimizer, pact)
@@ -160,18 +166,6 @@ def train_quantized(
     loss_of = _usual_loss(program, given) if loss is None else find_loss(loss)
     judged_by, judge = _judge(given, evaluate, metric, loss_of)
 
-    chosen = resolved_target(target) if isinstance(target, str) else target
-    prepared = prepare(program, target=chosen)
-    plan = plan_quantization(
-        prepared,
-        target=chosen,
-        skip=skip,
-        operators=operators,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        weight_per_channel=weight_quantize_type in PER_CHANNEL,
-    )
-    require_work(plan)
     batches = given.inputs(CALIBRATION_SAMPLES) if calibration is None else calibration
     remembered = Remembering(prepared, batches, samples=REPAIR_SAMPLES)
     plan = calibrate(prepared, with_best_reach(prepared, plan), remembered, algorithm)

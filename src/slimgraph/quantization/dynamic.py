@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from slimgraph.deploy.targets import Target, resolved_target
-from slimgraph.program.program import Program, require_program
+from slimgraph.deploy.targets import Target
+from slimgraph.program.program import Program
 from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.post_training import prepare, require_finite, require_float, require_work
+from slimgraph.quantization.preparation import prepare_and_plan
 
 DYNAMIC_OPERATORS = ("linear",)
 """ONNX Runtime computes convolutions on such ranges slower than in float."""
@@ -49,14 +48,9 @@ def quantize_dynamic(
     >>> quantize_dynamic(program).state_dict()["weight"].dtype
     torch.int8
     """
-    require_program(program)
-    require_float(program)
-    require_finite(program)
-    chosen = resolved_target(target) if isinstance(target, str) else target
-    prepared = prepare(program, target=chosen)
-    plan = plan_quantization(
-        prepared,
-        target=chosen,
+    prepared, plan = prepare_and_plan(
+        program,
+        target,
         skip=skip,
         operators=operators,
         weight_bits=weight_bits,
@@ -64,5 +58,4 @@ def quantize_dynamic(
         weight_per_channel=weight_per_channel,
         dynamic=True,
     )
-    require_work(plan)
     return apply_quantization(prepared, plan)

@@ -12,7 +12,7 @@ import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, ProgramError
 from slimgraph.program.names import value_of
-from slimgraph.program.program import Program, require_program
+from slimgraph.program.program import Program
 from slimgraph.program.scheme import IntScheme
 from slimgraph.program.select import select
 from slimgraph.quantization.apply import apply_quantization
@@ -21,7 +21,7 @@ from slimgraph.quantization.documented import DENSE, DEPTHWISE, operators_named
 from slimgraph.quantization.operators import WEIGHT_AXIS, is_depthwise, kind_of, weight_position
 from slimgraph.quantization.placement import has_weights
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
-from slimgraph.quantization.post_training import prepare, require_finite, require_float
+from slimgraph.quantization.preparation import prepare, require_quantizable
 from slimgraph.quantization.reach import with_best_reach
 
 aten = torch.ops.aten
@@ -169,9 +169,7 @@ def quantize_weights(
     >>> list(quantized.state_dict()["weight_scale"].shape)
     [2, 2]
     """
-    require_program(program)
-    require_float(program)
-    require_finite(program)
+    require_quantizable(program)
     prepared = prepare(program)
     plan = plan_weights(
         prepared,
