@@ -29,8 +29,9 @@ bench-peers: .venv/installed .venv-nncf/installed .venv-torchao/installed ## Com
 	$(BIN)/python benchmarks/against_peers.py
 
 bench-pruning: .venv/installed .venv-torch-pruning/installed ## Prune every family of networks, and let Torch-Pruning try; takes hours
-	$(BIN)/python benchmarks/prune_coverage.py --export
+	$(BIN)/python benchmarks/prune_coverage.py
 	.venv-torch-pruning/bin/python benchmarks/peers/torch_pruning_coverage.py
+	$(BIN)/python benchmarks/prune_coverage.py --publish
 
 clean: ## Remove the environment, caches and results
 	rm -rf .venv .venv-nncf .venv-torchao .venv-torch-pruning demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache

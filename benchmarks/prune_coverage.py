@@ -1,6 +1,7 @@
 """Structured pruning over the families of timm and torchvision: half of every group goes, the rest computes the same.
 
-`make bench-pruning` also runs Torch-Pruning on them, in its own environment.
+Results are added to a file, so that a run that was ended goes on. `make bench-pruning` also runs Torch-Pruning on the
+networks, in its own environment, and `--publish` writes what became of both into docs/benchmarks.md.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from parts.architectures import CONVOLUTIONAL, FIXED, create, pictures
+from parts.coverage_page import publish
+from parts.race import Result, run_each, said
 
 from models.randomize import randomize
+from models.timm_networks import import_timm
 from slimgraph.deploy.check_export import check_export
 from slimgraph.deploy.onnx import export_onnx
 from slimgraph.errors import ExportError
@@ -28,24 +32,23 @@ from slimgraph.pruning.groups import Groups, find_groups
 from slimgraph.pruning.kept import Kept, plan_removal
 from slimgraph.pruning.prove import TOLERANCE, largest_difference
 
+RESULTS = Path(__file__).parent / "results" / "prune_coverage.jsonl"
+OF_TORCH_PRUNING = RESULTS.with_name("torch_pruning_coverage.jsonl")
+CPU_SECONDS = 600
+
 
 @dataclass(slots=True)
 class Run:
-    """What became of a network."""
+    """What became of a network, once without and once with the axes that a norm runs over."""
 
-    name: str
+    norm_axes: bool
     groups: int = 0
     left: float = 1.0
-    error: float = float("nan")
+    error: float | None = None
     seconds: float = 0.0
     unknown: Sequence[str] = field(default_factory=tuple)
     remark: str = ""
     failure: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything ran and the masked program was met."""
-        return not self.failure and self.error <= TOLERANCE
 
 
 def random_program(name: str) -> Program:
@@ -87,18 +90,18 @@ def _exports(program: Program, path: Path) -> bool:
     return True
 
 
-def prune_half(name: str, program: Program, *, norm_axes: bool, export: bool) -> Run:
+def prune_half(program: Program, run: Run, *, export: bool) -> None:
     """Half of every group removed, proved, run with one and with three samples, and exported if wanted."""
-    run = Run(name=name)
     start = time.perf_counter()
-    groups = find_groups(program, norm_axes=norm_axes)
+    groups = find_groups(program, norm_axes=run.norm_axes)
     run.groups, run.unknown = len(groups.groups), sorted(set(groups.unknown.values()))
-    plan = plan_removal(groups, half(groups), norm_axes=norm_axes)
+    plan = plan_removal(groups, half(groups), norm_axes=run.norm_axes)
     pruned = apply_pruning(program, plan, proof=False, groups=groups)
     run.seconds = time.perf_counter() - start
     before = sum(parameter.numel() for parameter in program.parameters())
     run.left = sum(parameter.numel() for parameter in pruned.parameters()) / before
     run.error = largest_difference(program, pruned, Kept(groups, plan))
+    assert run.error <= TOLERANCE, f"differs from the masked program by {run.error:.0e} of the range"
     shape = program.signature.inputs[0].sized({"batch": 1})
     with torch.inference_mode():
         for batch in (1, 3):
@@ -107,43 +110,37 @@ def prune_half(name: str, program: Program, *, norm_axes: bool, export: bool) ->
             assert output.shape[0] == batch
     if export:
         _export(program, pruned, torch.randn(3, *shape[1:]), run)
-    return run
+
+
+def race(name: str) -> Result:
+    """What becomes of one network."""
+    program = random_program(name)
+    has_norms = any(group.normed for group in find_groups(program, norm_axes=True).groups)
+    runs = []
+    for norm_axes in (False, True) if has_norms else (False,):
+        runs.append(run := Run(norm_axes=norm_axes))
+        try:  # of two, the one of which more goes is exported
+            prune_half(program, run, export=norm_axes == has_norms)
+        except Exception as error:  # a race counts whatever goes wrong
+            run.failure = said(error)
+    return {"runs": [asdict(run) for run in runs]}
 
 
 def main() -> None:
-    """Run the race and print a table."""
+    """Run the race, or what is left of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="architectures; all of the list by default")
-    parser.add_argument("--export", action="store_true", help="also export, and compare with ONNX Runtime")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--publish", action="store_true", help="run nothing, and write the results into the docs")
     arguments = parser.parse_args()
-    names = arguments.names or (*CONVOLUTIONAL, *FIXED)
+    if arguments.publish:
+        publish(arguments.results, OF_TORCH_PRUNING)
+        return
     torch.set_num_threads(1)
-    passed = 0
-    print(f"{'network':32} {'norm axes':9} {'groups':>6} {'left':>5} {'error':>8} {'s':>5}  ")
-    for name in names:
-        try:
-            program = random_program(name)
-        except Exception as error:
-            print(f"{name:32} is not a program: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            continue
-        runs: list[Run] = []
-        has_norms = any(group.normed for group in find_groups(program, norm_axes=True).groups)
-        for norm_axes in (False, True) if has_norms else (False,):
-            try:
-                export = arguments.export and norm_axes == has_norms  # of two, the one of which more goes
-                run = prune_half(name, program, norm_axes=norm_axes, export=export)
-            except Exception as error:  # a race counts whatever goes wrong
-                run = Run(name=name, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            runs.append(run)
-            notes = run.failure or (run.remark if run.passed else "DIFFERS")
-            notes += f" no rule: {', '.join(run.unknown)}" if run.unknown else ""
-            print(
-                f"{name:32} {'with' if norm_axes else 'without':9} {run.groups:6} {run.left:5.2f} {run.error:8.0e} "
-                f"{run.seconds:5.1f}  {notes}",
-                flush=True,
-            )
-        passed += all(run.passed for run in runs)
-    print(f"{passed} of {len(names)} pass both with and without norm axes.")
+    import_timm()  # once, for the processes of all networks
+    names = arguments.names or (*CONVOLUTIONAL, *FIXED)
+    run_each(names, arguments.results, race, cpu_seconds=CPU_SECONDS, again=arguments.again)
 
 
 if __name__ == "__main__":

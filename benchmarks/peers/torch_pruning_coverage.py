@@ -6,10 +6,8 @@ which channels of what were removed. Only the classifier is named to it, so that
 """
 
 import argparse
-import multiprocessing
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -20,8 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch_pruning
 from parts.architectures import CONVOLUTIONAL, FIXED, create, pictures
+from parts.race import Result, run_each
+
+from models.timm_networks import import_timm
 
 RATIO = 0.5
+RESULTS = Path(__file__).parents[1] / "results" / "torch_pruning_coverage.jsonl"
 
 
 def _classifiers(model: nn.Module, name: str) -> list[nn.Module]:
@@ -33,9 +35,9 @@ def _classifiers(model: nn.Module, name: str) -> list[nn.Module]:
     return [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1:]
 
 
-def _prune(name: str, seed: int) -> str:
-    """Prune in this process; returns the line of the table."""
-    torch.manual_seed(seed)
+def race(name: str) -> Result:
+    """Prune one network; what stands in a way is raised."""
+    torch.manual_seed(0)
     model = create(name).eval()
     before = sum(parameter.numel() for parameter in model.parameters())
     classes = model(pictures(name, model, batch=1)).shape[1]
@@ -53,42 +55,23 @@ def _prune(name: str, seed: int) -> str:
     with torch.no_grad():
         for batch in (1, 3):
             shape = tuple(model(pictures(name, model, batch=batch)).shape)
-            if shape != (batch, classes):
-                return f"{left:5.2f} {seconds:6.1f}  FAILS: the outputs for {batch} pictures are {shape}"
-    return f"{left:5.2f} {seconds:6.1f}  " + ("" if left < 1 else "FAILS: nothing is removed")
-
-
-def _answer(name: str, seed: int, line: Connection) -> None:
-    try:
-        line.send(_prune(name, seed))
-    except BaseException as error:  # a race counts whatever goes wrong
-        line.send(f"{'':5} {'':6}  FAILS: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            assert shape == (batch, classes), f"the outputs for {batch} pictures are {shape}"
+    assert left < 1, "nothing is removed"
+    return {"left": left, "seconds": seconds}
 
 
 def main() -> None:
-    """Run the race and print a table."""
+    """Run the race, or what is left of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="architectures; all of the list by default")
-    parser.add_argument("--seconds", type=float, default=120, help="for each network, after which it counts as failed")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--seconds", type=int, default=120, help="of CPU time, after which a network counts as failed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    import_timm()  # once, for the processes of all networks
     names = arguments.names or (*CONVOLUTIONAL, *FIXED)
-    passed = 0
-    print(f"{'network':32} {'left':>5} {'s':>6}")
-    for name in names:
-        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-        process = multiprocessing.get_context("fork").Process(target=_answer, args=(name, 0, sender))
-        process.start()
-        sender.close()
-        try:
-            answer = receiver.recv() if receiver.poll(arguments.seconds) else "FAILS: does not return in time"
-        except EOFError:
-            answer = "FAILS: the process ended"
-        process.kill()
-        process.join()
-        passed += "FAILS" not in answer
-        print(f"{name:32} {answer}", flush=True)
-    print(f"{passed} of {len(names)} pass.")
+    run_each(names, arguments.results, race, cpu_seconds=arguments.seconds, again=arguments.again)
 
 
 if __name__ == "__main__":
