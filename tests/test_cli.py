@@ -23,6 +23,7 @@ from slimgraph.cli.command import plain
 from slimgraph.cli.given import ModelOptions
 from slimgraph.cli.main import app
 from slimgraph.cli.models import open_model, parse_inputs
+from slimgraph.cli.panels import FEW
 from slimgraph.deploy.targets import TARGETS
 from slimgraph.errors import ConfigError, ModelImportError
 from slimgraph.formats import load
@@ -86,6 +87,18 @@ def test_every_command_has_help_for_every_option_and_can_answer_as_json(name):
     assert {"--json", "--debug"} <= options.keys()
     assert [option for option, parameter in options.items() if not parameter.help] == []
     assert run(name, "--help").exit_code == 0
+
+
+def test_every_option_of_a_command_with_many_stands_under_a_heading():
+    bare = {
+        (name, parameter.opts[0])
+        for name, command in COMMANDS.items()
+        if len(command.params) > FEW
+        for parameter in command.params
+        if parameter.opts[0].startswith("--") and not parameter.rich_help_panel
+    }
+    assert bare == set()
+    assert all(option.rich_help_panel for option in COMMANDS["compress"].params[1:])
 
 
 def test_the_help_of_target_names_every_target():

@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from slimgraph.cli.panels import in_panels
 from slimgraph.errors import SlimgraphError
 
 WRONG_INPUT = 2
@@ -104,6 +105,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
     parameters += [
         _keyword(name, annotation, default=False) for name, annotation in (("as_json", AsJson), ("debug", Debug))
     ]
+    parameters = in_panels(parameters)
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters], return_annotation=None
     )

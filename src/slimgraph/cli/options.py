@@ -97,14 +97,12 @@ BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples that are r
 Threads = Annotated[int, typer.Option("--threads", help="Threads with which latency is measured.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Of all randomness: the same seed, the same result.")]
 
-_IMAGES = "Images"
 ImageSize = Annotated[
     str | None,
     typer.Option(
         "--image-size",
         metavar="SIZE",
         help="Side of the crop, or height,width. Otherwise what the model takes.",
-        rich_help_panel=_IMAGES,
         show_default=False,
     ),
 ]
@@ -115,22 +113,15 @@ ResizeSize = Annotated[
         metavar="SIZE",
         help="Shorter side to resize to before the crop. Otherwise the side of the crop.",
         min=1,
-        rich_help_panel=_IMAGES,
         show_default=False,
     ),
 ]
 Mean = Annotated[
     str,
-    typer.Option(
-        "--mean", metavar="NUMBERS", help="Subtracted from pixels in 0…1: 0.5 or R,G,B.", rich_help_panel=_IMAGES
-    ),
+    typer.Option("--mean", metavar="NUMBERS", help="Subtracted from pixels in 0…1: 0.5 or R,G,B."),
 ]
-Std = Annotated[
-    str, typer.Option("--std", metavar="NUMBERS", help="Divided by, after --mean.", rich_help_panel=_IMAGES)
-]
-Order = Annotated[
-    Literal["RGB", "BGR"], typer.Option("--order", help="Order of the channels.", rich_help_panel=_IMAGES)
-]
+Std = Annotated[str, typer.Option("--std", metavar="NUMBERS", help="Divided by, after --mean.")]
+Order = Annotated[Literal["RGB", "BGR"], typer.Option("--order", help="Order of the channels.")]
 
 
 def _numbers(option: str, text: str) -> float | tuple[float, ...]:
