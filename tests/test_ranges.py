@@ -223,7 +223,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_thresholds_are_those_of_two_passes_within_a_bin(kind):
-    x = draw(kind, size=(20, 5000))
+    x = draw(kind, size=(50, 2000))
     statistics = statistics_of(*x.split(3))
     divergences, width = two_pass_divergences(x)
     _, hist = RANGE_ALGORITHMS["hist"](statistics, SYMMETRIC)

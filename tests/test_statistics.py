@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slimgraph.errors import CalibrationError
 from slimgraph.quantization.density import Density
 from slimgraph.quantization.histogram import BINS
-from slimgraph.quantization.statistics import ValueStatistics
+from slimgraph.quantization.statistics import SPREAD, ValueStatistics
 
 
 def statistics_of(*batches, histogram=True):
@@ -131,12 +131,48 @@ def test_statistics_collected_in_inference_mode_can_be_merged_outside_of_it():
 
 
 def test_tensors_larger_than_a_block_are_counted_whole():
-    torch.manual_seed(0)
-    x = torch.randn(3, 700_001)  # a sample spans several pieces, and the last piece is not full
-    statistics = statistics_of(x.clone().requires_grad_(), torch.randn(70_001, 3).relu())
-    assert statistics.histogram.counts.sum() == statistics.count == 3 * 770_002
+    x = torch.randn(700_001, 3, generator=torch.Generator().manual_seed(0))  # several pieces, the last not full
+    statistics = statistics_of(x.clone().requires_grad_(), x.relu())
+    assert statistics.histogram.counts.sum() == statistics.count == 2 * x.numel()
     np.testing.assert_allclose(statistics_of(x).sum, x.double().sum(), atol=1e-6 * float(x.abs().double().sum()))
     np.testing.assert_allclose(statistics_of(x).square_sum, x.double().square().sum(), rtol=1e-6)
+
+
+def test_of_large_samples_every_kth_element_stands_for_k():
+    x = torch.randn(5, 7, SPREAD, generator=torch.Generator().manual_seed(0))
+    statistics = statistics_of(x)
+    rows = x.numpy().reshape(5, -1)
+    every = rows[:, ::9].ravel()  # 7 and 8 share factors with the size
+    edges = np.arange(-BINS, BINS + 1) * statistics.histogram.width
+    expected = 9 * np.histogram(every, edges)[0]
+    assert np.abs(np.cumsum(statistics.histogram.counts) - np.cumsum(expected)).max() <= 9  # mirrored bins at zero
+    assert statistics.histogram.counts.sum() == statistics.count == 9 * every.size
+    np.testing.assert_allclose(statistics.sum, 9 * every.sum(dtype=np.float64), rtol=1e-4)
+    assert (statistics.minimum, statistics.maximum) == (rows.min(), rows.max())
+
+
+def test_a_density_reaches_to_extremes_that_were_not_counted():
+    x = torch.linspace(-1.0, 1.0, 3 * SPREAD).repeat(2, 1)
+    x[0, 1], x[1, 2] = -20.0, 30.0
+    density = statistics_of(x).density()
+    assert (density.edges[0], density.edges[-1]) == (-20.0, 30.0)
+    assert density.counts[[0, -1]].tolist() == [1.0, 1.0]
+    assert density.counts.sum() == 2 * 5 * -(-3 * SPREAD // 5) + 2
+
+
+@pytest.mark.parametrize("elements", [2 * SPREAD - 1, 2 * SPREAD, 700_001])
+def test_counts_of_large_samples_do_not_depend_on_the_batches(elements):
+    x = torch.randn(4, elements, generator=torch.Generator().manual_seed(4))
+    assert state(statistics_of(x)) == state(statistics_of(x[2:], x[:1], x[1:2]))
+    assert (statistics_of(x).count == x.numel()) == (elements < 2 * SPREAD)
+
+
+@pytest.mark.parametrize("columns", [16, 48, 112, 768])
+def test_elements_of_every_column_of_an_image_are_counted(columns):
+    x = torch.zeros(1, 64, 111, columns) + torch.arange(1.0, columns + 1)
+    counts = statistics_of(x).histogram.counts
+    assert np.count_nonzero(counts) == columns
+    assert counts[counts > 0].max() < 2 * counts[counts > 0].min()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
@@ -206,7 +242,7 @@ def test_without_histogram_the_extremes_are_kept():
     with pytest.raises(AssertionError, match="without a histogram"):
         _ = statistics.mean
     statistics.merge(statistics_of(x, histogram=False))
-    assert statistics.count == 40
+    assert statistics.samples == 8
 
 
 def test_elements_below_a_point_are_interpolated_within_a_bin():
@@ -244,7 +280,7 @@ def test_density_ascends_and_rebinning_keeps_every_element(rows, absolute):
 
 
 def test_rebinned_counts_differ_from_exact_ones_by_elements_next_to_the_edges_only():
-    x = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(25, 2_000, generator=torch.Generator().manual_seed(3))
     statistics = statistics_of(x)
     counts = statistics.density(absolute=True).rebinned(0.0, statistics.abs_max, 2048)
     exact, _ = np.histogram(x.abs().numpy(), bins=2048, range=(0.0, statistics.abs_max))

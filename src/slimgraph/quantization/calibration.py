@@ -1,7 +1,6 @@
 """Measure the ranges of values by one pass over calibration data."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import torch
@@ -55,14 +54,13 @@ def collect_statistics(
         DataError: a batch does not fit the program.
     """
     statistics = {name: ValueStatistics(histogram=histogram) for name in values}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        observe(
-            program,
-            statistics,
-            batches,
-            lambda name, value, batch: statistics[name].update(value, name=name, batch=batch, pool=pool),
-            progress=progress,
-        )
+    observe(
+        program,
+        statistics,
+        batches,
+        lambda name, value, batch: statistics[name].update(value, name=name, batch=batch),
+        progress=progress,
+    )
     return statistics
 
 

@@ -157,7 +157,7 @@ def range_algorithm(name: str) -> Callable[..., Interval]:
 
 def _extent(statistics: ValueStatistics, scheme: IntScheme) -> Interval:
     """Where the elements and zero lie; widened to be symmetric if the scheme is."""
-    if statistics.count == 0:
+    if statistics.samples == 0:
         raise CalibrationError(
             "A range is asked for a value of which calibration has seen no element. Calibrate on at least one batch "
             "that reaches it and is not empty."

@@ -1,8 +1,6 @@
 """What calibration keeps of a value: one pass over the data, constant memory."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -11,17 +9,24 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError
 from slimgraph.quantization.density import Density
-from slimgraph.quantization.histogram import BINS, Counts, StreamingHistogram, pieces
+from slimgraph.quantization.histogram import BINS, StreamingHistogram, pieces
 
-_Tally = tuple[float, float, Counts]  # sum, sum of squares, counts of the histogram
+SPREAD = 2**11
+"""About so many elements of a sample are counted into the histogram, evenly spread over it.
+
+Counting an element takes as long as twenty multiplications of a convolution, and early layers have a million elements a
+sample. With 2,048 of each, the least tail that an algorithm cuts off by default, 1 in 100,000, is still five elements
+after 256 samples.
+"""
 
 
 class ValueStatistics:
     """Statistics of one value of a program, from which every range algorithm reads.
 
-    Counts are exact; sums are float32 within a piece and float64 over pieces. Neither the order nor the size of the
-    batches matters, except for the rounding of the sums. With `histogram=False` only the extremes are kept, all that
-    abs_max, min_max and avg need, at a fraction of the time.
+    Extremes are exact. Histogram and sums take in every element of samples below 2 * `SPREAD` elements, and of larger
+    ones every k-th, which stands for k. Sums are float32 within a piece and float64 over pieces.
+    Neither the order nor the size of the batches matters, except for the rounding of the sums. With `histogram=False`
+    only the extremes are kept, all that abs_max, min_max and avg need, at a fraction of the time.
     """
 
     def __init__(self, *, histogram: bool = True) -> None:
@@ -37,7 +42,7 @@ class ValueStatistics:
         self.sample_abs_max_sum = 0.0
         self.histogram = StreamingHistogram() if histogram else None
 
-    def update(self, x: Tensor, *, name: str, batch: int | None = None, pool: ThreadPoolExecutor | None = None) -> None:
+    def update(self, x: Tensor, *, name: str, batch: int | None = None) -> None:
         """Take in a batch or a part of one, samples along axis 0.
 
         A tensor without elements is skipped, a scalar is one sample.
@@ -46,7 +51,6 @@ class ValueStatistics:
             x: is read as float32.
             name: the value's, for the error.
             batch: its number, for the error; None is that of the calls before.
-            pool: threads that share the work.
         Raises:
             CalibrationError: NaN or infinity in what was given, which is then not counted.
         """
@@ -54,9 +58,8 @@ class ValueStatistics:
         self.batches += 1
         if x.numel() == 0:
             return
-        blocks = _blocks(x.detach().cpu())
-        each = map if pool is None or len(blocks) == 1 else pool.map  # NumPy and PyTorch compute side by side
-        extremes = list(each(_extremes, blocks))
+        x = x.detach().cpu()
+        extremes = [_extremes(block) for block in _blocks(x)]
         min_N = np.concatenate([mins for mins, _ in extremes]).astype(np.float64)
         max_N = np.concatenate([maxs for _, maxs in extremes]).astype(np.float64)
         minimum, maximum = float(min_N.min()), float(max_N.max())
@@ -67,7 +70,6 @@ class ValueStatistics:
                 "finite float32: look for broken samples there, or check that the float model is sound on them."
             )
         self.samples += len(min_N)
-        self.count += x.numel()
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         self.sample_min_sum += float(min_N.sum())
         self.sample_max_sum += float(max_N.sum())
@@ -75,21 +77,20 @@ class ValueStatistics:
         if self.histogram is None:
             return
         self.histogram.cover(max(-minimum, maximum))
-        tally = partial(self._tally, self.histogram, signed=minimum < 0)
-        for block_sum, block_square_sum, counts in each(tally, blocks):
-            self.sum += block_sum
-            self.square_sum += block_square_sum
-            self.histogram.counts += counts
+        stride = _stride(x)
+        for block in _blocks(x):
+            counted = (block if stride == 1 else block.flatten(1)[:, ::stride]).reshape(-1).float()
+            self.histogram.count(counted, weight=stride, signed=minimum < 0)
+            self._add(counted, weight=stride)
 
-    def _tally(self, histogram: StreamingHistogram, block: Tensor, *, signed: bool) -> _Tally:
-        flat = block.reshape(-1).float()
-        total = square_total = 0.0
+    def _add(self, flat: Tensor, *, weight: int) -> None:
+        """Take `flat`, shape (n,), into the sums, each element `weight` times."""
         exponent = self._sum_exponent
         for piece in pieces(flat):  # scaled by a power of two, so that no square leaves the range of float32
             scaled = piece if exponent == 0 else torch.ldexp(piece, torch.tensor(-exponent))
-            total += math.ldexp(float(scaled.sum()), exponent)
-            square_total += math.ldexp(float(torch.dot(scaled, scaled)), 2 * exponent)
-        return total, square_total, histogram.counts_of(flat, signed=signed)
+            self.sum += weight * math.ldexp(float(scaled.sum()), exponent)
+            self.square_sum += weight * math.ldexp(float(torch.dot(scaled, scaled)), 2 * exponent)
+        self.count += weight * len(flat)
 
     @property
     def _sum_exponent(self) -> int:
@@ -132,6 +133,10 @@ class ValueStatistics:
         """Distribution of x, or of |x|, within one bin of the histogram."""
         assert self.histogram is not None, "these statistics were made without a histogram"
         counts = self.histogram.counts.astype(np.float64)
+        for end in (self.minimum, self.maximum):  # which may not be among the elements that were counted
+            bin_ = int(abs(end) / self.histogram.width)
+            bin_ = BINS + bin_ if end >= 0 else BINS - 1 - bin_
+            counts[bin_] = max(counts[bin_], 1.0)
         if absolute:
             counts = counts[BINS:] + counts[BINS - 1 :: -1]
             first, low, high = 0, 0.0, self.abs_max
@@ -149,6 +154,15 @@ def _blocks(x: Tensor) -> list[Tensor]:
     x = x.reshape(len(x) if x.dim() else 1, -1) if x.dim() < 2 else x
     size = max(1, 2**20 // x[0].numel())
     return [x[start : start + size] for start in range(0, len(x), size)]
+
+
+def _stride(x: Tensor) -> int:
+    """Distance of the elements of a sample that are counted; without a common factor it walks through all channels."""
+    elements = x.numel() // len(x) if x.dim() > 1 else 1
+    stride = max(1, elements // SPREAD)
+    while math.gcd(stride, elements) > 1:
+        stride += 1
+    return stride
 
 
 def _extremes(block: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
