@@ -190,6 +190,24 @@ def test_learned_steps_of_channels_have_gradients_of_their_own():
         assert torch.equal(to_weight[channel] != 0, inside)
 
 
+@pytest.mark.parametrize(("low", "high", "axis"), [(-8, 7, None), (0, 15, None), (-7, 7, 1), (-128, 127, None)])
+def test_the_gradients_are_those_of_the_papers_own_formulation(low, high, axis):
+    def straight_through(x):
+        return (x.round() - x).detach() + x
+
+    def of_the_paper(x, step):  # its appendix A, where automatic differentiation does the rest
+        scaled = step * 0.03
+        step = (step - scaled).detach() + scaled
+        step = step if axis is None else step[:, None, None]
+        return straight_through((x / step).clamp(low, high)) * step
+
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    step = torch.tensor([3.0] if axis is None else [2.0, 3.0, 2.5]) / high  # some lie outside
+    given = lambda x, s: LEARNED_FAKE_QUANTIZE(x, s, None, low, high, 0, axis, 0.03)  # noqa: E731
+    for own, other in zip(gradient_of(given, x, step), gradient_of(of_the_paper, x, step), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
 def test_pact_gives_alpha_the_gradient_of_what_it_clips():
     x, alpha = torch.tensor([-3.0, -1.0, 0.5, 2.5]), torch.tensor(2.0)
     assert PACT(x, alpha).tolist() == [-2.0, -1.0, 0.5, 2.0]
