@@ -8,11 +8,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from onnxscript._framework_apis import torch_2_5 as theirs
-from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter import _fx_passes, _registration, _schemas
 
-from slimgraph.deploy import onnx as deploy_onnx
+from slimgraph.deploy import onnx_shortcuts
 from slimgraph.deploy.onnx import to_onnx
-from slimgraph.deploy.onnx_shortcuts import listed_once, translations
+from slimgraph.deploy.onnx_shortcuts import shortcuts, translations
 from slimgraph.program.capture import capture
 
 
@@ -31,11 +31,27 @@ def test_an_export_parses_no_function(monkeypatch):
     assert [node.op_type for node in model.graph] == ["Gemm"]
 
 
+def test_signatures_are_derived_for_the_first_export_only(monkeypatch):
+    program = capture(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+    to_onnx(program)
+
+    def derived(function):
+        raise AssertionError(f"The annotations of {function} were read.")
+
+    monkeypatch.setattr(_schemas.typing, "get_type_hints", derived)
+    assert [node.op_type for node in to_onnx(program).graph] == ["Gemm"]
+
+
 def test_nothing_is_changed_for_others():
-    before = _registration.onnxscript_apis.get_torchlib_ops
-    with listed_once():
+    listing, derive = _registration.onnxscript_apis.get_torchlib_ops, _schemas.op_signature_from_function
+    decompose = _fx_passes.decompose_with_registry
+    with shortcuts():
         assert _registration.onnxscript_apis.get_torchlib_ops is translations
-    assert _registration.onnxscript_apis.get_torchlib_ops is before
+        assert _schemas.op_signature_from_function is not derive
+        assert _fx_passes.decompose_with_registry is not decompose
+    assert _registration.onnxscript_apis.get_torchlib_ops is listing
+    assert _schemas.op_signature_from_function is derive
+    assert _fx_passes.decompose_with_registry is decompose
 
 
 class Block(torch.nn.Module):
@@ -77,7 +93,7 @@ def written(module):
 def test_a_program_that_is_not_decomposed_is_written_as_one_that_is(monkeypatch):
     module = Block()
     ours = written(module)
-    monkeypatch.setattr(deploy_onnx, "decompose_if_needed", lambda exported, translated: None)
+    monkeypatch.setattr(onnx_shortcuts, "is_translated", lambda exported, registry: False)
     assert written(module) == ours
 
 

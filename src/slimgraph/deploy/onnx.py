@@ -17,7 +17,7 @@ from slimgraph.deploy.onnx_float_layers import keep_float_layers
 from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
 from slimgraph.deploy.onnx_narrow import pack_narrow_codes
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
-from slimgraph.deploy.onnx_shortcuts import decompose_if_needed, listed_once
+from slimgraph.deploy.onnx_shortcuts import shortcuts
 from slimgraph.deploy.onnx_tail import stitch
 from slimgraph.deploy.onnx_translations import TRANSLATIONS
 from slimgraph.deploy.onnx_weights import hold_weights_in_integers
@@ -134,9 +134,8 @@ def to_onnx(
         prepared = cast(prepared, PRECISIONS[precision])
     exported = reexport(prepared)
     carry_names(exported)
-    decompose_if_needed(exported, TRANSLATIONS)
     opset = _OPSET_OF_BFLOAT16 if torch.bfloat16 in _types(prepared) else OPSET
-    with _quiet(), listed_once():
+    with _quiet(), shortcuts():
         try:
             converted = torch.onnx.export(
                 exported,

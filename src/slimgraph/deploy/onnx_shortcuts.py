@@ -1,15 +1,17 @@
 """What `torch.onnx.export` does at length for nothing, left out: more than half the time of an export.
 
 It asks for the list of operators that it knows anew for each model. onnxscript 0.7 parses the source of all 500
-functions for it, to tell the domain of each, which PyTorch 2.13 does not read.
+functions for it, to tell the domain of each, which PyTorch 2.13 does not read, and PyTorch derives the signature of
+each from its annotations.
 
-And it traces each program once more to decompose operators that it does not know, also where it knows them all.
+And it traces each program once more to decompose operators that it does not know, and asks PyTorch for all that could
+be decomposed, also where it knows them all.
 """
 
 import contextlib
 import functools
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,49 +45,67 @@ def translations() -> tuple[Translation, ...]:
     )
 
 
+_cached = functools.cache(functools.cache)
+"""A function that calls the given one once for the same arguments, now and whenever it is asked for again."""
+
+
 @contextlib.contextmanager
-def listed_once() -> Iterator[None]:
-    """Within it `torch.onnx.export` takes its operators from here; versions that keep them elsewhere go on as ever."""
-    asked = _asked()
-    if asked is not None:
-        asked["get_torchlib_ops"] = translations
+def shortcuts() -> Iterator[None]:
+    """Within it `torch.onnx.export` does nothing for nothing; versions of it that differ go on as ever."""
+    for attributes, name, _, shortcut in _shortcuts():
+        attributes[name] = shortcut
     try:
         yield
     finally:
-        if asked is not None:
-            asked.pop("get_torchlib_ops", None)
+        for attributes, name, own, _ in _shortcuts():
+            if own is None:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = own
 
 
-def _asked() -> dict[str, Any] | None:
-    """The attributes of the object that the exporter asks; what it has not got itself it takes from onnxscript."""
+@functools.cache
+def _shortcuts() -> tuple[tuple[dict[str, Any], str, Any, Any], ...]:
+    """What the exporter asks: the attributes it is among, its name, what it is (None: not among them), our answer."""
     try:
         registration = importlib.import_module("torch.onnx._internal.exporter._registration")
-        attributes: dict[str, Any] = vars(registration.onnxscript_apis)
-    except (ImportError, AttributeError, TypeError):
-        return None
-    return attributes if translations() else None
+        listing: dict[str, Any] = vars(registration.onnxscript_apis)  # what it has not got it takes from onnxscript
+        schemas: dict[str, Any] = vars(registration._schemas)
+        passes: dict[str, Any] = vars(importlib.import_module("torch.onnx._internal.exporter._fx_passes"))
+        derive, decompose = schemas["op_signature_from_function"], passes["decompose_with_registry"]
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return ()
+
+    def decompose_if_needed(exported: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        if is_translated(exported, registry):
+            return exported
+        decomposed: torch.export.ExportedProgram = decompose(exported, registry)
+        return decomposed
+
+    changed = (
+        (listing, "get_torchlib_ops", None, translations),
+        (schemas, "op_signature_from_function", derive, functools.cache(derive)),
+        (passes, "decompose_with_registry", decompose, decompose_if_needed),
+    )
+    return changed if translations() else ()
 
 
-def decompose_if_needed(exported: torch.export.ExportedProgram, translated: Collection[Any]) -> None:
-    """Let an exported program answer `run_decompositions` with itself where no operator of it has to be decomposed.
+def is_translated(exported: torch.export.ExportedProgram, registry: Any) -> bool:
+    """Whether no operator of a program has to be decomposed before it is written.
 
     Args:
-        translated: operators that are translated by other functions than onnxscript's.
+        registry: the exporter's, with the translations that it was given beside those of onnxscript.
     """
     known = {translation.qualified_name for translation in translations() if not translation.is_complex}
-    decompose = exported.run_decompositions
 
     def stays(target: Any) -> bool:
         if not isinstance(target, torch._ops.OpOverload):
             return getattr(target, "__module__", "") in ("_operator", "math")  # arithmetic on sizes
         name: str = target.name()  # type: ignore[no-untyped-call]
-        return (target in translated or name in known) and not target._schema.is_mutable
+        given = any(translation.is_custom for translation in registry.get_decomps(target))
+        return (given or name in known) and not target._schema.is_mutable
 
-    def run_decompositions(*args: Any) -> torch.export.ExportedProgram:
-        calls = [node for node in exported.graph.nodes if node.op == "call_function"]
-        # Of a value that is flattened twice onnxscript 0.7 loses one of the two shapes; a decomposed one is viewed.
-        flattened = [node.args[0] for node in calls if node.target is torch.ops.aten.flatten.using_ints]
-        whole = all(stays(node.target) for node in calls) and len(set(flattened)) == len(flattened)
-        return exported if whole else decompose(*args)
-
-    vars(exported)["run_decompositions"] = run_decompositions
+    calls = [node for node in exported.graph.nodes if node.op == "call_function"]
+    # Of a value that is flattened twice onnxscript 0.7 loses one of the two shapes; a decomposed one is viewed.
+    flattened = [node.args[0] for node in calls if node.target is torch.ops.aten.flatten.using_ints]
+    return all(stays(node.target) for node in calls) and len(set(flattened)) == len(flattened)
