@@ -1,14 +1,19 @@
 """The promise of `import slimgraph`: these names, documented, and nothing else happens."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import slimgraph
+import slimgraph.quantization
 from slimgraph import errors
+
+ROOT = Path(__file__).parents[1]
 
 PUBLIC = [
     "CalibrationError",
@@ -30,6 +35,7 @@ PUBLIC = [
     "compare",
     "compress",
     "convert",
+    "distill",
     "evaluate",
     "load",
     "measure_latency",
@@ -39,6 +45,48 @@ PUBLIC = [
     "sparsify",
     "train_quantized",
 ]
+
+STEPS = [
+    "Frozen",
+    "PACT_LAYERS",
+    "Pact",
+    "QUANT_DEQUANT_PASS_OP_TYPES",
+    "QuantizationPlan",
+    "Region",
+    "Repairs",
+    "TENSORRT_OP_TYPES",
+    "TRANSFORM_PASS_OP_TYPES",
+    "apply_quantization",
+    "best_reach",
+    "budget_of",
+    "calibrate",
+    "choose_ranges",
+    "collect_statistics",
+    "equalize",
+    "freeze",
+    "freeze_ranges_",
+    "freeze_statistics_",
+    "gptq",
+    "insert",
+    "measure_sensitivity",
+    "parameter_groups",
+    "plan_as_documented",
+    "plan_bits",
+    "plan_from_json",
+    "plan_quantization",
+    "plan_weights",
+    "prepare",
+    "prepare_qat",
+    "quantize",
+    "quantize_dynamic",
+    "quantize_weights",
+    "reconstruct",
+    "smooth",
+    "train_quantized",
+    "values_to_observe",
+    "with_best_reach",
+]
+"""The steps of quantization, which docs/stability.md promises as well."""
 
 
 def _in_a_fresh_interpreter(script: str) -> None:
@@ -50,6 +98,20 @@ def _in_a_fresh_interpreter(script: str) -> None:
 
 def test_the_public_names_are_these():
     assert sorted(slimgraph.__all__) == PUBLIC
+    assert sorted(slimgraph.quantization.__all__) == STEPS
+
+
+def test_what_the_pages_and_examples_import_of_quantization_is_promised():
+    assert "`slimgraph.quantization.__all__`" in (ROOT / "docs" / "stability.md").read_text("utf-8")
+    imported = re.compile(r"from (slimgraph\.quantization[\w.]*) import ([\w, ]+|\([\s\w,]+\))")
+    found = [
+        (path.name, module, name)
+        for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py"))
+        for module, names in imported.findall(path.read_text("utf-8"))
+        for name in re.findall(r"\w+", names)
+    ]
+    assert {name for _, _, name in found} >= {"Repairs", "plan_quantization"}
+    assert [each for each in found if each[1] != "slimgraph.quantization" or each[2] not in STEPS] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from slimgraph.auto.pipeline import compress
     from slimgraph.deploy.compare import compare
     from slimgraph.deploy.latency import measure_latency
+    from slimgraph.distillation.distill import distill
     from slimgraph.errors import (
         CalibrationError,
         CaptureError,
@@ -53,6 +54,7 @@ __all__ = [
     "compare",
     "compress",
     "convert",
+    "distill",
     "evaluate",
     "load",
     "measure_latency",
@@ -83,6 +85,7 @@ _HOMES = {
     "compare": "slimgraph.deploy.compare",
     "compress": "slimgraph.auto.pipeline",
     "convert": "slimgraph.formats",
+    "distill": "slimgraph.distillation.distill",
     "evaluate": "slimgraph.training.evaluate",
     "load": "slimgraph.formats",
     "measure_latency": "slimgraph.deploy.latency",

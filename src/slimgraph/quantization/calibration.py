@@ -4,35 +4,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from slimgraph.errors import CalibrationError, DataError, UnknownNameError, closest
-from slimgraph.program.names import value_of
+from slimgraph.errors import CalibrationError, DataError
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
+from slimgraph.program.watch import Watching, require_values
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
 from slimgraph.quantization.statistics import ValueStatistics
 
 See: TypeAlias = Callable[[str, Tensor, int], None]
 """Is shown a value: its name, the tensor, and the number of the batch that it is of, from 0."""
-
-
-class _Observing(fx.Interpreter):
-    """Runs a graph and shows the wanted values as they appear; each is freed after its last use."""
-
-    def __init__(self, program: Program, wanted: Collection[str], see: See) -> None:
-        super().__init__(program.graph_module)
-        self.extra_traceback = False  # it would append PyTorch's to the message
-        self.batch = 0
-        self._wanted = wanted
-        self._see = see
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if (name := value_of(n)) in self._wanted:
-            self._see(name, result, self.batch)
-        return result
 
 
 def collect_statistics(
@@ -81,11 +64,9 @@ def observe(
         CalibrationError: there is no batch.
         DataError: a batch does not fit the program, or has NaN or infinity.
     """
-    existing = program.values
-    unknown = [name for name in values if name not in existing]
-    if unknown:
-        raise UnknownNameError(f"The program has no value {unknown[0]!r}. {closest(unknown[0], existing)}")
-    interpreter = _Observing(program, values, see)
+    require_values(program, values)
+    index = 0
+    runner = Watching(program, values, lambda name, value: see(name, value, index))
     was_training = program.training
     program.eval()
     seen = 0
@@ -94,10 +75,9 @@ def observe(
             for index, batch in enumerate(batches):
                 bound = program.signature.bind(batch, where=f"Calibration batch {index}")
                 require_finite_inputs(bound, index)
-                interpreter.batch = index
                 try:
                     for part in in_parts(program, bound):
-                        interpreter.run(*(tensor.to(program.device) for tensor in part.values()))
+                        runner.run(*(tensor.to(program.device) for tensor in part.values()))
                 except IndexError as error:  # a row that a table has not got, asked for by the contents of the inputs
                     reason = str(error).partition("\n")[0]
                     raise DataError(f"Calibration batch {index} cannot be run by the program: {reason}.") from error

@@ -32,6 +32,13 @@ class Batch:
         inputs = {name: value[chosen] for name, value in self.inputs.items()}
         return Batch(inputs, None if self.labels is None else self.labels[chosen])
 
+    def to(self, device: torch.device) -> "Batch":
+        """The samples on that device; this batch where that is the CPU, where batches are made."""
+        if device.type == "cpu":
+            return self
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return Batch(inputs, None if self.labels is None else self.labels.to(device, non_blocking=True))
+
 
 def checked_inputs(
     given: Any, signature: Signature, where: str, numbers: NDArray[np.int64] | None = None

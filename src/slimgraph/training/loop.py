@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from slimgraph.errors import ConfigError, DataError, TrainingError
 from slimgraph.program.program import HistoryEntry, Json, Program, require_program
+from slimgraph.program.watch import run_with_values
 from slimgraph.training.batch import Batch
 from slimgraph.training.data import DataSource
 from slimgraph.training.evaluate import Evaluation
@@ -134,7 +135,8 @@ def fit(
         data: batches, as often as they are iterated: (inputs, labels), mappings by input name with `label`, or `Batch`;
             or a function that returns them anew for each epoch. Each is checked against the program's inputs, the first
             before anything else is done.
-        loss: a name in `LOSSES`, or a function of outputs and `Batch`.
+        loss: a name in `LOSSES`, or a function of outputs and `Batch`. One with `taps`, names of values of the program,
+            is given these as a third argument, by name; one that is a module has its parameters trained as well.
         optimizer: a class of `torch.optim` by name, with arguments; an optimizer of the program's parameters, which is
             copied with its state; or a function of parameter groups.
         epochs: passes over the data. Give this or `steps`.
@@ -211,12 +213,14 @@ def fit(
 class _Shell(nn.Module):
     """Accelerate patches the `forward` of what it prepares: of this, so that copies of the program are free of it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, loss: Loss) -> None:
         super().__init__()
         self.program = program
+        self.loss = loss if isinstance(loss, nn.Module) else None  # here its parameters are trained by all processes
+        self.taps: Sequence[str] = getattr(loss, "taps", ())
 
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.program(**inputs)
+    def forward(self, **inputs: Tensor) -> tuple[Any, ...]:
+        return run_with_values(self.program, inputs, self.taps) if self.taps else (self.program(**inputs),)
 
 
 class _Loop:
@@ -253,9 +257,12 @@ class _Loop:
         twins: dict[int, Tensor] = {id(old): new for old, new in pairs}
         trained.to(self.accelerator.device).train()
         made = make_optimizer(optimizer, groups(trained), twins)
+        shell = _Shell(trained, self.loss).to(self.accelerator.device)
+        if shell.loss is not None and (own := list(shell.loss.parameters())):
+            made.add_param_group({"params": own})
         # The schedule comes first: where gradients are scaled, Accelerate keeps the method that it has wrapped.
         scheduled = make_schedule(schedule, made, steps)
-        self.model, self.stepper = self.accelerator.prepare(_Shell(trained), made)
+        self.model, self.stepper = self.accelerator.prepare(shell, made)
         self.run = Run(program=trained, optimizer=made, schedule=scheduled, total_steps=steps)
         return self.run
 
@@ -288,8 +295,9 @@ class _Loop:
         self.stepper.zero_grad()
         samples, total = sum(map(len, group)), 0.0
         for batch in group:
-            batch = _on(self.accelerator.device, batch)
-            loss = _checked_loss(self.loss(self.model(**batch.inputs), batch))
+            batch = batch.to(self.accelerator.device)
+            outputs, *values = self.model(**batch.inputs)
+            loss = _checked_loss(self.loss(outputs, batch, *values))
             value, share = loss.item(), len(batch) / samples
             if not math.isfinite(value):
                 raise self._failure(f"is {value}", batch)
@@ -386,13 +394,6 @@ def _length(data: Any, first: Batch) -> int | None:
 
 def _parameters(program: Program) -> Iterator[nn.Parameter]:
     return (parameter for _, parameter in program.named_parameters(remove_duplicate=False))
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    if device.type == "cpu":
-        return batch
-    inputs = {name: x.to(device, non_blocking=True) for name, x in batch.inputs.items()}
-    return Batch(inputs, None if batch.labels is None else batch.labels.to(device, non_blocking=True))
 
 
 def _checked_loss(given: Any) -> Tensor:

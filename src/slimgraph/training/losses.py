@@ -14,8 +14,11 @@ from slimgraph.errors import ConfigError, DataError, UnknownNameError, closest
 from slimgraph.program.program import Program, require_program
 from slimgraph.training.batch import Batch
 
-Loss: TypeAlias = Callable[[Any, Batch], Tensor]
-"""Called with the outputs of the program for a batch, and that batch. Returns one number, a mean over the samples."""
+Loss: TypeAlias = Callable[..., Tensor]
+"""Called with the outputs of the program for a batch, and that batch. Returns one number, a mean over the samples.
+
+One with an attribute `taps`, names of values of the program, is given these as a third argument, by name.
+"""
 
 
 def _against_labels(
