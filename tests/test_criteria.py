@@ -1,6 +1,7 @@
 """Scores of indices, by hand and by their laws."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -66,18 +67,26 @@ def test_the_mean_score_of_a_group_is_one_so_that_groups_can_be_ranked_together(
     assert float(scores(two, "l1_norm").mean()) == pytest.approx(1)
 
 
-def test_taylor_is_the_first_order_change_of_the_loss(two):
+def test_taylor_is_the_square_of_the_first_order_change_of_the_loss(two):
     # The loss is the mean of y = v · W x; an index contributes v_i (W x)_i twice: once through W, once through v.
     batches = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])]
     found = scores(two, "taylor", data=batches, loss=lambda outputs, batch: outputs.mean())
-    hidden = [torch.tensor([3.0, 0.0, -1.0]), torch.tensor([4.0 + 7.0, 1.0 + 1.0, 1.0 + 0.0])]
-    wanted = sum((2 * torch.tensor([0.0, 2.0, -1.0]) * h).abs() for h in hidden)
+    hidden = [torch.tensor([3.0, 0.0, -1.0]), torch.tensor([4.0 + 7.0, 1.0 + 1.0, 1.0 + 0.0]) / 2]
+    wanted = sum((2 * torch.tensor([0.0, 2.0, -1.0]) * h).square() for h in hidden)
     torch.testing.assert_close(found, wanted.double())
+
+
+def test_taylor_averages_the_gradient_within_a_batch(two):
+    # The third index adds 1 to the loss of one sample, counted in two tensors, and takes 1 from that of the other.
+    samples = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    mean = partial(scores, two, "taylor", loss=lambda outputs, batch: outputs.mean())
+    assert mean(data=[samples])[2] == 0
+    assert mean(data=samples[:, None])[2] == 2 * 2.0**2
 
 
 def test_taylor_without_a_loss_asks_how_far_the_outputs_move(two):
     one = [torch.tensor([[1.0, 0.0]])]
-    torch.testing.assert_close(scores(two, "taylor", data=one), torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(scores(two, "taylor", data=one), torch.tensor([0.0, 0.0, 4.0], dtype=torch.float64))
 
 
 def test_taylor_with_labels(two):

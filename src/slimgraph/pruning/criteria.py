@@ -85,8 +85,10 @@ def score_groups(
             - "geometry_median": Σ_j ‖w_i − w_j‖₂.
             - "bn_scale": |γ_i| of the batch norms of the group, their mean where there are several. Source: Liu et al.,
               "Learning efficient convolutional networks through network slimming", ICCV 2017, arXiv 1708.06519.
-            - "taylor": |Σ w_i · ∂loss/∂w_i|, summed over the batches of one pass, of `loss` as a sum over samples.
-              Source: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019, arXiv 1906.10771.
+            - "taylor": (Σ w_i · ∂loss/∂w_i)², summed over the batches of one pass. The gradient is that of the mean
+              loss of a batch, as the source has it, in which samples may cancel: smaller batches tell more, and
+              "fisher" takes every sample by itself. Source: Molchanov et al., "Importance estimation for neural network
+              pruning", CVPR 2019, arXiv 1906.10771, the contribution of a group.
               Without a loss the program is its own teacher: in place of the loss stands a sum of the outputs with
               random signs, whose square is, on average, how far the outputs move (a distillation loss has no gradient
               where student and teacher are one).
@@ -208,7 +210,7 @@ def _taylor(
     for batch in batches_of(data, program.signature):
         with torch.enable_grad():
             outputs = copy(**batch.inputs)
-            made = _signed_sum(outputs, generator) if measure is None else measure(outputs, batch) * len(batch)
+            made = _signed_sum(outputs, generator) if measure is None else measure(outputs, batch)
         if not made.requires_grad:
             raise DataError("The loss does not depend on the parameters: nothing can be estimated from its gradient.")
         slopes = torch.autograd.grad(made, list(own.values()), allow_unused=True)
@@ -219,7 +221,7 @@ def _taylor(
         by_name: dict[str, Tensor] = {name: products[id(p)] for name, p in named.items() if id(p) in products}
         for name, owners in places.items():
             sums = [matrix.double().sum(dim=1).cpu() for matrix in _rows(by_name, owners).values()]
-            scores[name] += torch.stack(sums).sum(dim=0).abs()
+            scores[name] += torch.stack(sums).sum(dim=0).square()
     if scores and not any(bool((score > 0).any()) for score in scores.values()):
         raise DataError(
             "The gradient of the loss is zero everywhere. A loss that compares the program with itself has none: leave "
