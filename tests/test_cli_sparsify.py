@@ -53,7 +53,7 @@ def test_two_of_four_is_told_layer_by_layer(model, tmp_path):
         ((), "one of the two"),
         (("--ratio", "1.5"), "between 0 and 1"),
         (("--ratio", "0.5", "--threshold", "0.1"), "one of the two"),
-        (("--ratio", "0.5", "--two-four"), "two_four"),
+        (("--ratio", "0.5", "--two-four"), "two-four"),
         (("--ratio", "0.5", "--block", "4"), "as 1x4"),
         (("--ratio", "0.5", "--block", "0x4"), "as 1x4"),
         (("--ratio", "0.5", "--skip", "haed"), "selects no weight"),

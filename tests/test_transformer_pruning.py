@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from models.timm_networks import import_timm
 from slimgraph.errors import ConfigError, ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
+from slimgraph.pruning.apply import apply_pruning
 from slimgraph.pruning.criteria import score_groups
 from slimgraph.pruning.groups import find_groups
 from slimgraph.pruning.reorder import reorder
-from slimgraph.pruning.transformer import cut_transformer, plan_transformer_pruning, prune_transformer, sort_transformer
+from slimgraph.pruning.transformer import cut_transformer, plan_transformer_pruning, sort_transformer
 from slimgraph.pruning.transformer_groups import find_transformer
 
 # T = tokens, C = width between the layers, H = heads, D = width of a head, R = neurons
@@ -46,6 +47,10 @@ def rotated(x):
     angle = torch.arange(T)[:, None] / 10.0 ** torch.arange(D // 2)
     cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
     return x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], dim=-1) * sin
+
+
+def pruned_by(program, **options):
+    return apply_pruning(program, plan_transformer_pruning(program, **options))
 
 
 class Attention(nn.Module):
@@ -199,7 +204,7 @@ def test_heads_of_every_spelling_of_which_nothing_comes_go_first_and_change_noth
     assert heads.size == H
     scores = score_groups(program, groups, "fisher", data=data())[heads.name]
     assert (scores > 0).tolist() == [False, True, False, True]
-    pruned = prune_transformer(program, heads_removed=0.5, data=data(), multiple_of=1)
+    pruned = pruned_by(program, heads_removed=0.5, data=data(), multiple_of=1)
     assert dict(pruned.named_parameters())["attention.0.out.weight"].shape == (C, 2 * D)
     x = torch.randn(3, T, 3)
     torch.testing.assert_close(pruned(x), program(x))
@@ -210,7 +215,7 @@ def test_neurons_of_which_nothing_comes_go_first_and_change_nothing(spelling):
     gone = [1, 3, 4, 5, 9, 12, 13]
     program = captured(silenced(lambda: Tiny("fused", spelling, norm=nn.RMSNorm), [], gone))
     assert sizes(program) == ([H], [R])
-    pruned = prune_transformer(program, feed_forward_removed=0.5, data=data(), multiple_of=1)
+    pruned = pruned_by(program, feed_forward_removed=0.5, data=data(), multiple_of=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
     assert shapes["feed_forward.0.down.weight"][:2] == (C, 7)
     assert shapes["feed_forward.0.up.weight"][0] == (14 if spelling == "gated in one" else 7)
@@ -224,7 +229,7 @@ def test_neurons_of_which_nothing_comes_go_first_and_change_nothing(spelling):
 def test_a_key_goes_with_the_queries_that_share_it(spelling):
     program = captured(silenced(lambda: Tiny(spelling, keys=2), [2, 3], []))
     assert sizes(program)[0] == [2]
-    pruned = prune_transformer(program, heads_removed=0.5, data=data(), multiple_of=1)
+    pruned = pruned_by(program, heads_removed=0.5, data=data(), multiple_of=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
     assert [shapes[f"attention.0.{name}.weight"] for name in "qkv"] == [(2 * D, C), (D, C), (D, C)]
     x = torch.randn(3, T, 3)
@@ -233,7 +238,7 @@ def test_a_key_goes_with_the_queries_that_share_it(spelling):
 
 def test_queries_that_all_share_one_key_go_one_by_one():
     program = captured(silenced(lambda: Tiny("one key", keys=1), [1], []))
-    pruned = prune_transformer(program, heads_removed=0.25, data=data(), multiple_of=1)
+    pruned = pruned_by(program, heads_removed=0.25, data=data(), multiple_of=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
     assert [shapes[f"attention.0.{name}.weight"] for name in "qkv"] == [(3 * D, C), (D, C), (D, C)]
     x = torch.randn(3, T, 3)
@@ -243,7 +248,7 @@ def test_queries_that_all_share_one_key_go_one_by_one():
 def test_heads_that_are_mixed_on_their_way_are_heads_before_and_behind():
     program = captured(lambda: Tiny("talking"))
     assert sizes(program) == ([H, H], [R])
-    pruned = prune_transformer(program, heads_removed=0.5, data=data(), multiple_of=1)
+    pruned = pruned_by(program, heads_removed=0.5, data=data(), multiple_of=1)
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
     assert shapes["attention.0.before.weight"] == (H, 2)
     assert shapes["attention.0.behind.weight"] == (2, H)
@@ -271,7 +276,7 @@ def test_attention_to_another_sequence_and_pytorchs_own_layers():
     program = capture(Cross().eval(), inputs)
     heads, neurons = sizes(program)
     assert (sorted(heads), sorted(neurons)) == ([2, 4], [R, 24])
-    pruned = prune_transformer(program, heads_removed=0.5, feed_forward_removed=0.5, data=[inputs], multiple_of=1)
+    pruned = pruned_by(program, heads_removed=0.5, feed_forward_removed=0.5, data=[inputs], multiple_of=1)
     heads, neurons = sizes(pruned)
     assert sorted(neurons) == [R // 2, 12]
     assert heads == [2]  # a single head cannot go
@@ -288,7 +293,7 @@ def test_neurons_are_found_beside_attention_with_one_head():
     program = captured(lambda: One("in thirds"))
     assert sizes(program) == ([], [R])
     with pytest.raises(ProgramError, match="no attention with several heads"):
-        prune_transformer(program, heads_removed=0.5, data=data())
+        plan_transformer_pruning(program, heads_removed=0.5, data=data())
 
 
 class Squeezed(Tiny):
@@ -321,7 +326,7 @@ def test_other_hidden_numbers_are_no_neurons():
 def test_what_is_no_transformer_is_told():
     program = capture(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(2, 3))
     with pytest.raises(ProgramError, match="no attention"):
-        prune_transformer(program, heads_removed=0.5, data=[torch.randn(2, 3)])
+        plan_transformer_pruning(program, heads_removed=0.5, data=[torch.randn(2, 3)])
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +383,7 @@ def test_cutting_the_sorted_program_is_pruning_the_given_one(deep):
     ordered = sort_transformer(deep, data=data())
     x = torch.randn(3, T, 3)
     for heads, neurons in ((0.5, 0.5), (0.75, 1.0), (0.25, 2 / 7)):
-        wanted = prune_transformer(
-            deep, heads_removed=1 - heads, feed_forward_removed=1 - neurons, data=data(), multiple_of=1
-        )
+        wanted = pruned_by(deep, heads_removed=1 - heads, feed_forward_removed=1 - neurons, data=data(), multiple_of=1)
         found = cut_transformer(ordered, heads=heads, feed_forward=neurons)
         assert {n: p.shape for n, p in found.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
         torch.testing.assert_close(found(x), wanted(x))
@@ -410,7 +413,7 @@ def test_an_order_is_one_of_all_indices_of_a_group(deep):
 )
 def test_wrong_requests_say_what_to_do(deep, options, error, said):
     with pytest.raises(error, match=said):
-        prune_transformer(deep, **{"criterion": "l2_norm", **options})
+        plan_transformer_pruning(deep, **{"criterion": "l2_norm", **options})
 
 
 @pytest.mark.slow
@@ -424,7 +427,7 @@ def test_vit_and_swin_lose_half_of_their_heads_and_neurons():
         found, neurons = sizes(program)
         assert len(found) == len(neurons) == 12
         assert heads is None or found == heads
-        pruned = prune_transformer(program, heads_removed=0.5, feed_forward_removed=0.5, data=[x], allocation="global")
+        pruned = pruned_by(program, heads_removed=0.5, feed_forward_removed=0.5, data=[x], allocation="global")
         assert sum(p.numel() for p in pruned.parameters()) < 0.7 * sum(p.numel() for p in program.parameters())
 
 
@@ -448,5 +451,5 @@ def test_bert_loses_half_of_its_heads_and_neurons():
     assert sizes(program) == ([4, 4], [64, 64])
     labels = torch.tensor([0, 1, 1, 0])
     for batch, loss in ((ids, None), ((ids, labels), "cross_entropy")):
-        pruned = prune_transformer(program, heads_removed=0.5, feed_forward_removed=0.5, data=[batch], loss=loss)
+        pruned = pruned_by(program, heads_removed=0.5, feed_forward_removed=0.5, data=[batch], loss=loss)
         assert sizes(pruned) == ([2, 2], [32, 32])

@@ -72,21 +72,28 @@ def sparsify(
     from slimgraph.auto.sparsified import write_sparsified
     from slimgraph.cli.models import open_program
     from slimgraph.progress import ProgressBar
-    from slimgraph.pruning.sparsify import apply_sparsity, plan_sparsity
+    from slimgraph.pruning.asp import plan_two_four
+    from slimgraph.pruning.sparsify import apply_sparsity
+    from slimgraph.pruning.unstructured import UnstructuredPruning
+
+    if two_four and (ratio, threshold, local, sparse_block, conv1x1_only) != (None, None, False, (1, 1), False):
+        raise ConfigError("--two-four says which weights go: half of each four. Give nothing else but --skip.")
 
     with ProgressBar() as progress:
         progress(f"Opening {model}")
         program = open_program(model, given)
         progress("Choosing what goes")
-        plan = plan_sparsity(
-            program,
-            ratio=ratio,
-            threshold=threshold,
-            two_four=two_four,
-            local_sparsity=local,
-            sparse_block=sparse_block,
-            conv1x1_only=conv1x1_only,
-            skip=skip or (),
+        plan = (
+            plan_two_four(program, skip=skip or ())
+            if two_four
+            else UnstructuredPruning(
+                ratio=ratio,
+                threshold=threshold,
+                local_sparsity=local,
+                sparse_block=sparse_block,
+                conv1x1_only=conv1x1_only,
+                skip=skip or (),
+            ).plan(program)
         )
         progress("Writing the sparse program")
         result = write_sparsified(apply_sparsity(program, plan), out, dense=plan.dense)

@@ -8,33 +8,6 @@ from slimgraph.pruning.weights import Skip
 from slimgraph.pruning.zeros import SparsityPlan
 
 
-def plan_sparsity(
-    program: Program,
-    *,
-    ratio: float | None = None,
-    threshold: float | None = None,
-    two_four: bool = False,
-    local_sparsity: bool = False,
-    sparse_block: tuple[int, int] = (1, 1),
-    conv1x1_only: bool = False,
-    skip: Skip = (),
-) -> SparsityPlan:
-    """Which weights become zero; the program is only read. Arguments and errors as for `sparsify`."""
-    require_program(program)
-    if two_four:
-        if (ratio, threshold, local_sparsity, sparse_block, conv1x1_only) != (None, None, False, (1, 1), False):
-            raise ConfigError("two_four says which weights go: half of each four. Give nothing else but skip.")
-        return plan_two_four(program, skip=skip)
-    return UnstructuredPruning(
-        ratio=ratio,
-        threshold=threshold,
-        local_sparsity=local_sparsity,
-        sparse_block=sparse_block,
-        conv1x1_only=conv1x1_only,
-        skip=skip,
-    ).plan(program)
-
-
 def sparsify(
     program: Program,
     *,
@@ -76,17 +49,20 @@ def sparsify(
     >>> sparsify(program, two_four=True).state_dict()["weight"]
     tensor([[ 0.0000, -0.4000,  0.3000,  0.0000]])
     """
-    plan = plan_sparsity(
-        program,
-        ratio=ratio,
-        threshold=threshold,
-        two_four=two_four,
-        local_sparsity=local_sparsity,
-        sparse_block=sparse_block,
-        conv1x1_only=conv1x1_only,
-        skip=skip,
-    )
-    return apply_sparsity(program, plan)
+    require_program(program)
+    if not two_four:
+        asked = UnstructuredPruning(
+            ratio=ratio,
+            threshold=threshold,
+            local_sparsity=local_sparsity,
+            sparse_block=sparse_block,
+            conv1x1_only=conv1x1_only,
+            skip=skip,
+        )
+        return apply_sparsity(program, asked.plan(program))
+    if (ratio, threshold, local_sparsity, sparse_block, conv1x1_only) != (None, None, False, (1, 1), False):
+        raise ConfigError("two_four says which weights go: half of each four. Give nothing else but skip.")
+    return apply_sparsity(program, plan_two_four(program, skip=skip))
 
 
 def apply_sparsity(program: Program, plan: SparsityPlan) -> Program:

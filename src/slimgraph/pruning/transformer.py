@@ -42,10 +42,33 @@ def plan_transformer_pruning(
     seed: int = 0,
     groups: Groups | None = None,
 ) -> PruningPlan:
-    """What to remove of a transformer; the program is only read. The arguments are those of `prune_transformer`.
+    """The least important heads and feed-forward neurons of a transformer, for `apply_pruning` to remove.
+
+    Which these are is read off the graph (`slimgraph.pruning.transformer_groups.find_transformer`), in whatever way
+    attention is written. The width between the layers stays.
 
     Args:
+        program: it is only read.
+        heads_removed: the part of the heads that goes; a key and value that serves several queries goes with them.
+        feed_forward_removed: the part of the hidden neurons.
+        data: batches, with or without labels, for "fisher" and "taylor".
+        loss: of outputs and labels; without one the program imitates itself, and labels are not looked at.
+        criterion: what matters: "fisher", from one backward pass for each batch, or any other that
+            `slimgraph.pruning.criteria.score_groups` has.
+        allocation: "uniform" takes the part of every layer, "global" the least important of all heads, and of all
+            neurons. Parts by pattern are of their layers either way.
+        skip: layers that stay whole: names, globs or `re:…`.
+        multiple_of: what the width that stays is a multiple of: of all heads of a layer together, and of its neurons; 1
+            keeps the parts exactly.
+        floor: the part of each layer that stays at least; None is a tenth where the allocation is global, else
+            nothing but one head or neuron.
+        seed: for "fisher" without a loss, and "random".
         groups: of this very program, where they are at hand.
+    Raises:
+        ConfigError: a part that is out of range, or cannot be reached; no data where the criterion reads some.
+        UnknownNameError: no such layer or criterion.
+        ProgramError: the program is none, or has no such heads or neurons.
+        DataError: the data do not fit.
     """
     require_program(program)
     found = groups if groups is not None else find_groups(program)
@@ -115,67 +138,6 @@ def _ranked(groups: Sequence[Group], scores: Mapping[str, Tensor], part: float, 
     return [count / group.size for count, group in zip(gone, groups, strict=True)]
 
 
-def prune_transformer(
-    program: Program,
-    *,
-    heads_removed: Part = 0.0,
-    feed_forward_removed: Part = 0.0,
-    data: str | Iterable[Any] | None = None,
-    loss: str | Loss | None = None,
-    criterion: str | Criterion = "fisher",
-    allocation: Allocation = "uniform",
-    skip: Sequence[str] = (),
-    multiple_of: int = 8,
-    floor: float | None = None,
-    seed: int = 0,
-    proof: bool = True,
-) -> Program:
-    """The program without its least important heads and feed-forward neurons; train it a little afterwards.
-
-    Which these are is read off the graph (`slimgraph.pruning.transformer_groups.find_transformer`), in whatever way
-    attention is written. The width between the layers stays.
-
-    Args:
-        program: it stays as it is.
-        heads_removed: the part of the heads that goes; a key and value that serves several queries goes with them.
-        feed_forward_removed: the part of the hidden neurons.
-        data: batches, with or without labels, for "fisher" and "taylor".
-        loss: of outputs and labels; without one the program imitates itself, and labels are not looked at.
-        criterion: what matters: "fisher", from one backward pass for each batch, or any other that
-            `slimgraph.pruning.criteria.score_groups` has.
-        allocation: "uniform" takes the part of every layer, "global" the least important of all heads, and of all
-            neurons. Parts by pattern are of their layers either way.
-        skip: layers that stay whole: names, globs or `re:…`.
-        multiple_of: what the width that stays is a multiple of: of all heads of a layer together, and of its neurons; 1
-            keeps the parts exactly.
-        floor: the part of each layer that stays at least; None is a tenth where the allocation is global, else
-            nothing but one head or neuron.
-        seed: for "fisher" without a loss, and "random".
-        proof: compute that the result is the program in which the same heads and neurons are zero.
-    Raises:
-        ConfigError: a part that is out of range, or cannot be reached; no data where the criterion reads some.
-        UnknownNameError: no such layer or criterion.
-        ProgramError: the program has no such heads or neurons, or the proof fails.
-        DataError: the data do not fit.
-    """
-    found = find_groups(program) if isinstance(program, Program) else None
-    plan = plan_transformer_pruning(
-        program,
-        heads_removed=heads_removed,
-        feed_forward_removed=feed_forward_removed,
-        data=data,
-        loss=loss,
-        criterion=criterion,
-        allocation=allocation,
-        skip=skip,
-        multiple_of=multiple_of,
-        floor=floor,
-        seed=seed,
-        groups=found,
-    )
-    return apply_pruning(program, plan, proof=proof, groups=found)
-
-
 def sort_transformer(
     program: Program,
     *,
@@ -191,7 +153,7 @@ def sort_transformer(
     trained from.
 
     Args:
-        data, loss, criterion, seed: as `prune_transformer` has them.
+        data, loss, criterion, seed: as `plan_transformer_pruning` has them.
         proof: compute that the outputs are the same.
     Source: Hou et al., "DynaBERT: dynamic BERT with adaptive width and depth", NeurIPS 2020, arXiv 2004.04037.
     """
@@ -211,17 +173,20 @@ def cut_transformer(
 
     Args:
         heads, feed_forward: the part that stays, in (0, 1].
-        multiple_of: as `prune_transformer` has it.
+        multiple_of: as `plan_transformer_pruning` has it.
         proof: compute that the result is the program in which the others are zero.
     """
-    return prune_transformer(
+    require_program(program)
+    found = find_groups(program)
+    plan = plan_transformer_pruning(
         program,
         heads_removed=1 - heads,
         feed_forward_removed=1 - feed_forward,
         criterion=_place,
         multiple_of=multiple_of,
-        proof=proof,
+        groups=found,
     )
+    return apply_pruning(program, plan, proof=proof, groups=found)
 
 
 def _place(group: Group, rows: Rows) -> Tensor:
