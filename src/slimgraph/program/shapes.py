@@ -47,15 +47,14 @@ def fake_values(program: Program, sizes: Mapping[str, int] | None = None, batch:
     """
     chosen = _chosen_sizes(program.signature, sizes or {}, batch)
     values: dict[fx.Node, Any] = {}
-    with quiet_export(), FakeTensorMode() as mode, torch.no_grad():
+    with quiet_export(), FakeTensorMode(), torch.no_grad():
         inputs = iter(program.signature.inputs)
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 spec = next(inputs)
                 values[node] = torch.empty(spec.sized(chosen), dtype=spec.dtype, device=program.device)
             elif node.op == "get_attr":
-                is_flag = node.target in FLAGS
-                values[node] = False if is_flag else mode.from_tensor(tensor_named(program.graph_module, node.target))
+                values[node] = _stored(program, node)
             elif node.op == "call_function":
                 values[node] = _called(node, values)
     return values
@@ -74,8 +73,7 @@ def refresh(program: Program) -> Program:
             if node.op == "placeholder":
                 values[node] = node.meta["val"]
             elif node.op == "get_attr":
-                tensor = None if node.target in FLAGS else tensor_named(program.graph_module, node.target)
-                values[node] = False if tensor is None else mode.from_tensor(tensor.detach(), static_shapes=True)
+                values[node] = _stored(program, node)
             elif node.op == "call_function":
                 with enable_python_dispatcher() if operator_name(node.target) in _IN_PYTHON else nullcontext():
                     values[node] = _called(node, values)
@@ -96,6 +94,14 @@ def _chosen_sizes(signature: Signature, sizes: Mapping[str, int], batch: int) ->
         if size < 1:
             raise ConfigError(f"The size of the axis {name!r} is {size}; give at least 1.")
     return chosen
+
+
+def _stored(program: Program, node: fx.Node) -> Any:
+    """What a parameter or buffer looks like; made in the mode that is on, since to describe it to that takes longer."""
+    if node.target in FLAGS:
+        return False
+    tensor = tensor_named(program.graph_module, str(node.target))
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
