@@ -1,20 +1,25 @@
 """Accuracy and latency of ResNet-56 on CIFAR-10 with 2.1 times fewer multiply–accumulates, by criterion.
 
 Usage: python benchmarks/pruned_accuracy.py [all] [criteria] [training] [latency] [--flops-removed 0.524]
-           [--images 2000] [--steps 60] [--batch 128] [--trained fisher/global random/uniform] [--judged 10000]
+           [--images 2000] [--steps 250] [--batch 128] [--trained fisher/global random/uniform] [--judged 10000]
+           [--results FILE]
 """
 
 import argparse
+import dataclasses
 import itertools
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from parts.networks import RESNET56
 from parts.printing import print_table
+from parts.shuffled import Shuffled
 
 from slimgraph.deploy.latency import LatencyComparison, summarize_pairs, time_calls
 from slimgraph.deploy.onnx import export_onnx
@@ -28,7 +33,7 @@ from slimgraph.pruning.batch_norm import reestimate_batch_norm
 from slimgraph.pruning.groups import Groups, find_groups
 from slimgraph.pruning.prune import plan_pruning
 from slimgraph.training.batch import Batch
-from slimgraph.training.evaluate import Evaluation, evaluate
+from slimgraph.training.evaluate import evaluate
 from slimgraph.training.loop import fit
 from slimgraph.training.paired import paired_difference
 
@@ -38,8 +43,9 @@ _WITH_DATA = ("taylor", "fisher")
 _CRITERIA = ("l1_norm", "l2_norm", "geometry_median", "bn_scale", *_WITH_DATA, "random")
 _ALLOCATIONS: tuple[Strategy, ...] = ("global", "uniform")
 _MULTIPLES = (1, 4, 8, 16)
-_CURVE = 4
+_CURVE = 5
 """Points of a training curve after its first."""
+_WHOLE = "not pruned"
 
 
 class _Pruner:
@@ -79,8 +85,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def _change(before: Evaluation, after: Evaluation) -> str:
-    found = paired_difference(before.correct, after.correct)
+def _change(before: torch.Tensor, after: torch.Tensor) -> str:
+    found = paired_difference(before, after)
     return f"{100 * found.difference:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
 
 
@@ -93,7 +99,7 @@ def _criteria(pruner: _Pruner, options: argparse.Namespace, command: str) -> Non
     test = pruner.images(f"{_TEST}[:{options.images}]", 50)
     rows: list[list[str]] = []
     before = _percent(evaluate(pruner.original, test).value)
-    _add(rows, ["not pruned", "", *pruner.sizes(pruner.original), before, ""])
+    _add(rows, [_WHOLE, "", *pruner.sizes(pruner.original), before, ""])
     for criterion, allocation in itertools.product(_CRITERIA, _ALLOCATIONS):
         pruned = pruner.prune(criterion, allocation)
         restored = reestimate_batch_norm(pruned, pruner.scoring)
@@ -107,34 +113,75 @@ def _criteria(pruner: _Pruner, options: argparse.Namespace, command: str) -> Non
     )
 
 
-def _training(pruner: _Pruner, options: argparse.Namespace, command: str) -> None:
-    data = pruner.images(f"{_TRAINING}[:{min(options.steps * options.batch, 50000)}]", options.batch)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """What became of one network, as it stands in the file of results."""
+
+    name: str
+    recipe: str
+    """Results of another recipe are others."""
+    sizes: list[str]
+    curve: list[float]
+    right: str
+    """A digit for each test image: 1 where the answer is right."""
+
+    @property
+    def correct(self) -> torch.Tensor:
+        return torch.tensor([digit == "1" for digit in self.right])
+
+
+def _results(options: argparse.Namespace) -> dict[str, _Trained]:
+    path = Path(options.results)
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [_Trained(**json.loads(line)) for line in lines]
+    return {each.name: each for each in found if each.recipe == _recipe(options)}
+
+
+def _recipe(options: argparse.Namespace) -> str:
+    return str([getattr(options, name) for name in ("flops_removed", "steps", "batch", "rate", "curve", "judged")])
+
+
+def _train(pruner: _Pruner, name: str, options: argparse.Namespace) -> _Trained:
+    spec = f"{_TRAINING}[:{min(options.steps * options.batch, 50000)}]"
     test = pruner.images(f"{_TEST}[:{options.judged}]", 50)
     curve = test[: options.curve // 50]
-    every = max(1, options.steps // _CURVE)
+    start = pruner.original
+    if name != _WHOLE:
+        criterion, _, allocation = name.partition("/")
+        start = reestimate_batch_norm(pruner.prune(criterion, allocation), pruner.scoring)
+    fitted = fit(
+        start.to(memory_format=torch.channels_last),  # half as fast again
+        Shuffled(pruner.images(spec, options.batch), options.batch),
+        loss="cross_entropy",
+        optimizer=("SGD", {"lr": options.rate, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}),
+        schedule="cosine",
+        steps=options.steps,
+        evaluate=lambda program: evaluate(program, curve),
+        evaluate_every=max(1, options.steps // _CURVE),
+        keep_best=False,  # test images choose nothing
+    )
+    return _Trained(
+        name=name,
+        recipe=_recipe(options),
+        sizes=pruner.sizes(start),
+        curve=[value for _, value in fitted.evaluations],
+        right="".join(str(int(right)) for right in evaluate(fitted.program, test).correct),
+    )
+
+
+def _training(pruner: _Pruner, options: argparse.Namespace, command: str) -> None:
+    """What the file of results has is not trained again, so that a run goes on where one has ended."""
     rows: list[list[str]] = []
-    whole: Evaluation | None = None
-    for name in ["not pruned", *options.trained]:
-        if name == "not pruned":
-            start = pruner.original
-        else:
-            criterion, _, allocation = name.partition("/")
-            start = reestimate_batch_norm(pruner.prune(criterion, allocation), pruner.scoring)
-        fitted = fit(
-            start,
-            data,
-            loss="cross_entropy",
-            optimizer=("SGD", {"lr": options.rate, "momentum": 0.9, "weight_decay": 1e-4}),
-            schedule="cosine",
-            steps=options.steps,
-            evaluate=lambda program: evaluate(program, curve),
-            evaluate_every=every,
-            keep_best=False,  # test images choose nothing
-        )
-        result = evaluate(fitted.program, test)
-        whole = whole or result
-        told = " ".join(f"{100 * value:.1f}" for _, value in fitted.evaluations)
-        _add(rows, [name, *pruner.sizes(start), told, _percent(result.value), _change(whole, result)])
+    for name in dict.fromkeys([_WHOLE, *options.trained]):
+        if name not in _results(options):
+            made = _train(pruner, name, options)
+            with Path(options.results).open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(made)) + "\n")
+        found = _results(options)
+        result, whole = found[name], found[_WHOLE]
+        told = " ".join(f"{100 * value:.1f}" for value in result.curve)
+        top = _percent(float(result.correct.double().mean()))
+        _add(rows, [name, *result.sizes, told, top, _change(whole.correct, result.correct)])
     print_table(
         f"ResNet-56 trained after pruning, {options.steps} steps of {options.batch} images",
         command,
@@ -142,7 +189,7 @@ def _training(pruner: _Pruner, options: argparse.Namespace, command: str) -> Non
             "pruned by",
             "million MACs",
             "thousand parameters",
-            f"top-1 % of {len(curve) * 50} images, every {every} steps from 0",
+            f"top-1 % of {options.curve} images, every {max(1, options.steps // _CURVE)} steps from 0",
             f"top-1 % of {options.judged} images",
             "less the unpruned one, trained alike (95 %)",
         ],
@@ -204,11 +251,12 @@ def main() -> None:
     parser.add_argument("--flops-removed", type=float, default=0.524)
     parser.add_argument("--images", type=int, default=2000, help="of the test set, to compare criteria")
     parser.add_argument("--trained", nargs="*", default=["geometry_median/global", "l2_norm/uniform", "random/uniform"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--curve", type=int, default=1000, help="test images for the training curve")
     parser.add_argument("--judged", type=int, default=10000, help="test images after training")
+    parser.add_argument("--results", default="pruned_accuracy.jsonl", help="what was trained; a run goes on from there")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of latency")
     options = parser.parse_args()
     torch.set_num_threads(1)

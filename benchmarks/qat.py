@@ -6,12 +6,10 @@ Usage: python benchmarks/qat.py [resnet20|mobilenet_v2] [--bits 8/8 4/8 4/4] [--
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
 from parts.networks import MOBILENET_V2, RESNET20, Network
 from parts.printing import print_table
+from parts.shuffled import Shuffled
 
 import slimgraph
 from slimgraph.program.program import Program
@@ -27,35 +25,6 @@ _JUDGEMENT = {
     "mobilenet_v2": "imagenet_sample1000_224_jpeg.npz[256:]",
 }
 """What chooses the best state: training images, so that the test images are seen once, at the end."""
-
-
-@dataclass
-class Shuffled:
-    """Batches in another order at each pass, mirrored at random, and shifted by up to an eighth."""
-
-    batches: list[Batch]
-    size: int
-
-    def __post_init__(self) -> None:
-        (self._name,) = self.batches[0].inputs
-        self._images = torch.cat([batch.inputs[self._name] for batch in self.batches])
-        self._labels = torch.cat([batch.labels for batch in self.batches])
-        self.batches = []
-
-    def __len__(self) -> int:
-        return len(self._images) // self.size
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self._images))
-        for start in range(len(self)):
-            chosen = order[start * self.size : (start + 1) * self.size]
-            images = self._images[chosen]
-            images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-            reach = images.shape[-1] // 8
-            padded = torch.nn.functional.pad(images, (reach, reach, reach, reach))
-            down, right = torch.randint(0, 2 * reach + 1, (2,)).tolist()
-            side = images.shape[-1]
-            yield padded[..., down : down + side, right : right + side], self._labels[chosen]
 
 
 def _rows(
