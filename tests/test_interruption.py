@@ -13,13 +13,18 @@ from slimgraph.quantization.preparation import prepare
 from slimgraph.quantization.weight_only import quantize_weights
 
 
-@pytest.fixture
-def program():
+@pytest.fixture(scope="module")
+def captured():
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 3)
     )
     return capture(network.eval(), torch.zeros(1, 2, 6, 6)).train()
+
+
+@pytest.fixture
+def program(captured):
+    return captured.copy()
 
 
 def batches(count=3, size=40):

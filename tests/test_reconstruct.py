@@ -1,6 +1,7 @@
 """Learned rounding: regions, reach, the programs side by side, and what is promised of the result."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -56,6 +57,7 @@ class Network(nn.Module):
         return self.head(self.two(self.one(torch.relu(self.stem(x)))).mean((2, 3)))
 
 
+@functools.cache
 def network():
     torch.manual_seed(0)
     return capture(Network().eval(), torch.zeros(1, 3, 8, 8))
