@@ -35,7 +35,7 @@ class Mixed(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed():
     torch.manual_seed(0)
     return prepare(capture(Mixed().eval(), torch.zeros(1, 4, 8, 8)))
