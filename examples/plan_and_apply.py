@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 import slimgraph
-from slimgraph.quantization.apply import apply_quantization
-from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
-from slimgraph.quantization.placement import plan_quantization
-from slimgraph.quantization.preparation import prepare
+from slimgraph.quantization import (
+    apply_quantization,
+    choose_ranges,
+    collect_statistics,
+    plan_quantization,
+    prepare,
+    values_to_observe,
+)
 
 torch.manual_seed(0)
 network = nn.Sequential(

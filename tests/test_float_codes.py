@@ -35,6 +35,7 @@ def test_initializers_hold_the_integers_and_the_file_answers_the_same(network, t
     graph = onnx.load(tmp_path / "floats.onnx").graph
     onnx.checker.check_model(tmp_path / "floats.onnx", full_check=True)
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert found.keys() <= {name for node in graph.node for name in node.input}
     codes = {name: tensor for name, tensor in integers.state_dict().items() if name.endswith("weight")}
     assert len(codes) == 3
     for name, tensor in codes.items():

@@ -157,6 +157,14 @@ def test_what_cannot_be_used_is_told(options, error, said, program, images):
         train_quantized(program, **{"data": images, "steps": 1, **options})
 
 
+def test_data_may_be_named():
+    digits = capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.zeros(1, 1, 8, 8))
+    trained = train_quantized(digits, "digits:train[:64]", steps=2, evaluate="digits:test[:64]")
+    assert trained.history[-1].parameters == {"judged_by": "top1"}
+    with pytest.raises(DataError, match="nowhere"):
+        train_quantized(digits, "nowhere.npz", steps=2)
+
+
 def test_labels_of_no_classes_need_a_loss(program, images):
     data = [(x, torch.randn(32, 4)) for x in images]
     with pytest.raises(ConfigError, match="Give `loss`"):

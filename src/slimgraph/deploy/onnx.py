@@ -14,7 +14,14 @@ import torch
 from slimgraph.deploy.onnx_dynamic import quantize_at_inference
 from slimgraph.deploy.onnx_float_codes import hold_codes_in_float
 from slimgraph.deploy.onnx_float_layers import keep_float_layers
-from slimgraph.deploy.onnx_graph import carry_names, clean_up, merge_pads, name_values, pool_instead_of_mean
+from slimgraph.deploy.onnx_graph import (
+    carry_names,
+    clean_up,
+    merge_pads,
+    name_values,
+    pool_instead_of_mean,
+    record_output_scales,
+)
 from slimgraph.deploy.onnx_narrow import pack_narrow_codes
 from slimgraph.deploy.onnx_prepare import prepare_for_onnx
 from slimgraph.deploy.onnx_shortcuts import shortcuts
@@ -156,6 +163,7 @@ def to_onnx(
         hold_weights_in_integers(model)
     keep_float_layers(model)
     clean_up(model)
+    record_output_scales(model, program)
     if with_tail and program.tail is not None:
         stitch(model, program.tail)
     return model

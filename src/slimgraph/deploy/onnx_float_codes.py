@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from slimgraph.deploy.onnx_graph import drop_unread
 from slimgraph.errors import ExportError
 
 _EXACT = ("int4", "uint4", "int8", "uint8", "int16", "uint16")  # float32 holds all of their codes
@@ -38,6 +39,7 @@ def hold_codes_in_float(model: ir.Model) -> None:
             made = _stored(node, centred.astype(np.float32) * scale.reshape(shape))
         node.outputs[0].replace_all_uses_with(made, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
+    drop_unread(model)
     if not weights:
         raise ExportError("No weight of the program is in integers, so that none can be held in floats. Quantize it.")
 

@@ -5,7 +5,9 @@ import onnx_ir as ir
 import torch
 
 from slimgraph.program.names import unused, value_of
+from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.signature import Signature, is_long_formula
+from slimgraph.program.value_range import OUT_THRESHOLD
 
 # The exporter copies this metadata of a graph node to every ONNX node that it makes of it. It renames the values
 # themselves, so this is the only way by which our names reach the file.
@@ -156,6 +158,22 @@ def _zero_spatial_pads(pad: ir.Node) -> list[int] | None:
     return begin[2:] + end[2:]
 
 
+def record_output_scales(model: ir.Model, program: Program) -> None:
+    """Write into the nodes of a quantized program how large their outputs were in training, where that is known.
+
+    It is in their metadata: a standard operator has no attribute for it.
+    """
+    scales = {name: scale for entry in program.history for name, scale in _scales_in(entry).items()}
+    for node in model.graph:
+        if node.name in scales:
+            node.metadata_props[OUT_THRESHOLD] = repr(scales[node.name])
+
+
+def _scales_in(entry: HistoryEntry) -> dict[str, Json]:
+    found = entry.parameters.get(OUT_THRESHOLD)
+    return found if isinstance(found, dict) else {}
+
+
 def clean_up(model: ir.Model) -> None:
     """Drop traces of the exporting machine (source paths, module stacks), and initializers that nothing reads."""
     model.producer_name, model.producer_version = "slimgraph", None
@@ -173,6 +191,11 @@ def clean_up(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+    drop_unread(model)
+
+
+def drop_unread(model: ir.Model) -> None:
+    """Drop the initializers that nothing reads."""
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]

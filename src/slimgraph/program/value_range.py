@@ -14,6 +14,8 @@ WINDOW_SIZE = 10_000
 MOVING_RATE = 0.9
 COLD_SCALE = 0.001
 """The scale before anything was seen, in the documents."""
+OUT_THRESHOLD = "out_threshold"
+"""Under this name a program's history, and a file, have how large the outputs of operators were in training."""
 
 
 def _extremes(x: Tensor, bottom: float, top: float) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slimgraph.quantization.fake_quantizers import PACT_LAYERS, Pact
     from slimgraph.quantization.freezing import Frozen, freeze
     from slimgraph.quantization.insertion import insert
+    from slimgraph.quantization.mixed_bits import budget_of, plan_bits
     from slimgraph.quantization.placement import plan_quantization
     from slimgraph.quantization.plan import QuantizationPlan, plan_from_json
     from slimgraph.quantization.post_training import quantize
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from slimgraph.quantization.reconstruction import reconstruct
     from slimgraph.quantization.regions import Region
     from slimgraph.quantization.repair import Repairs
+    from slimgraph.quantization.sensitivity import measure_sensitivity
     from slimgraph.quantization.smoothing import smooth
     from slimgraph.quantization.weight_only import plan_weights, quantize_weights
 
@@ -48,6 +50,7 @@ __all__ = [
     "Repairs",
     "apply_quantization",
     "best_reach",
+    "budget_of",
     "calibrate",
     "choose_ranges",
     "collect_statistics",
@@ -57,8 +60,10 @@ __all__ = [
     "freeze_statistics_",
     "gptq",
     "insert",
+    "measure_sensitivity",
     "parameter_groups",
     "plan_as_documented",
+    "plan_bits",
     "plan_from_json",
     "plan_quantization",
     "plan_weights",
@@ -88,6 +93,7 @@ _HOMES = {
     "Region": "quantization.regions",
     "apply_quantization": "quantization.apply",
     "best_reach": "quantization.reach",
+    "budget_of": "quantization.mixed_bits",
     "calibrate": "quantization.calibration",
     "choose_ranges": "quantization.calibration",
     "collect_statistics": "quantization.calibration",
@@ -97,8 +103,10 @@ _HOMES = {
     "freeze_statistics_": "program.freeze",
     "gptq": "quantization.compensated_rounding",
     "insert": "quantization.insertion",
+    "measure_sensitivity": "quantization.sensitivity",
     "parameter_groups": "quantization.qat",
     "plan_as_documented": "quantization.documented_plan",
+    "plan_bits": "quantization.mixed_bits",
     "plan_from_json": "quantization.plan",
     "plan_quantization": "quantization.placement",
     "plan_weights": "quantization.weight_only",

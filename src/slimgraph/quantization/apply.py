@@ -22,6 +22,7 @@ from slimgraph.program.qdq import (
     QUANTIZE_MEASURED,
 )
 from slimgraph.program.scheme import SMALLEST_SCALE, IntScheme, dequantize, quantize, rows_of
+from slimgraph.program.value_range import OUT_THRESHOLD
 from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 
@@ -117,6 +118,8 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
         "weights": len(plan.weights),
         "kept_float": len(plan.kept_float),
     }
+    if plan.output_scales:
+        parameters[OUT_THRESHOLD] = dict(plan.output_scales)
     return quantized.with_history(HistoryEntry(step="quantize", parameters=parameters))
 
 

@@ -26,6 +26,7 @@ from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.reach import with_best_reach
 from slimgraph.training.answers import answering
 from slimgraph.training.batch import Batch
+from slimgraph.training.data import open_data
 from slimgraph.training.evaluate import Evaluation
 from slimgraph.training.evaluate import evaluate as evaluate_on
 from slimgraph.training.loop import Hook, Run, fit, require_length
@@ -76,7 +77,7 @@ class FreezeLate(Hook):
 
 def train_quantized(
     program: Program,
-    data: Iterable[Any] | Callable[[], Iterable[Any]],
+    data: str | Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     epochs: int | None = None,
     steps: int | None = None,
@@ -98,6 +99,7 @@ def train_quantized(
     window_size: int = WINDOW_SIZE,
     moving_rate: float = MOVING_RATE,
     pact: Pact | None = None,
+    output_scales: bool = False,
     freeze_ranges_at: float | None = 0.75,
     freeze_statistics_at: float | None = 0.75,
     clip: float | None = None,
@@ -117,7 +119,7 @@ def train_quantized(
 
     Args:
         program: a float program, in the form in which it was trained: batch norms not folded. It stays as it is.
-        data: batches for training, as `fit` takes them; read several times.
+        data: batches for training, as `fit` takes them, or a specification of them (`open_data`); read several times.
         epochs, steps: how long; a fifth of the original training is plenty.
         loss: as for `fit`. None is cross entropy where there are labels of classes, and where there are no labels the
             imitation of the float program (`imitate`).
@@ -129,8 +131,8 @@ def train_quantized(
         evaluate_every: steps from one evaluation to the next; None evaluates at the end of each epoch.
         calibration: batches of inputs for the first ranges; None takes the first 256 samples of `data`.
         target, algorithm, skip, operators, weight_bits, activation_bits: as for `quantize`.
-        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact: as for `insert`. One range for a
-            whole weight also plans so.
+        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, output_scales: as for `insert`.
+            One range for a whole weight also plans so.
         freeze_ranges_at, freeze_statistics_at: the part of the training after which ranges, and the statistics of batch
             norms, stay as they are; None never.
         clip, accumulate, mixed_precision, best_path, seed, progress: as for `fit`; the file is of the rounded program.
@@ -162,6 +164,8 @@ def train_quantized(
     make_schedule(schedule, make_optimizer(optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], {}), steps or 1)
     late = FreezeLate(ranges_at=freeze_ranges_at, statistics_at=freeze_statistics_at)
     kept = [KeepMasks(masks_of_zeros(program))] if sparse_model else []
+    if isinstance(data, str):
+        data = open_data(data, program.signature, seed=seed)
     given = _Given(program, data)
     loss_of = _usual_loss(program, given) if loss is None else find_loss(loss)
     judged_by, judge = _judge(given, evaluate, metric, loss_of)
@@ -183,6 +187,7 @@ def train_quantized(
             window_size=window_size,
             moving_rate=moving_rate,
             pact=pact,
+            output_scales=output_scales,
         ),
         data,
         loss=loss_of,

@@ -17,6 +17,7 @@ from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.value_range import FOLLOWING
 from slimgraph.quantization.fake_quantizers import FAKE, evaluated
 from slimgraph.quantization.insertion import STEP
+from slimgraph.quantization.output_scales import observed_outputs
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer, plan_from_json
 
 aten = torch.ops.aten
@@ -43,6 +44,7 @@ def freeze(program: Program) -> Frozen:
     """
     require_program(program)
     plan = plan_of(program)
+    output_scales = observed_outputs(program)
     frozen = program.copy().eval()
     weights, reaches = _freeze_weights(frozen, plan)
     ranges = _freeze_activations(frozen, plan)
@@ -51,7 +53,13 @@ def freeze(program: Program) -> Frozen:
     folded = remove_dropout(fold_batch_norm(frozen)).with_history(HistoryEntry(step="freeze"))
     return Frozen(
         program=folded,
-        plan=replace(plan, weights=weights, ranges={**plan.ranges, **ranges}, weight_reach=reaches),
+        plan=replace(
+            plan,
+            weights=weights,
+            ranges={**plan.ranges, **ranges},
+            weight_reach=reaches,
+            output_scales=output_scales,
+        ),
     )
 
 

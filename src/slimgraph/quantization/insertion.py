@@ -11,6 +11,7 @@ from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
 from slimgraph.quantization.fake_quantizers import ActivationRange, Pact, RangeOptions, WeightRange, Writer
 from slimgraph.quantization.insert_activations import insert_activations
 from slimgraph.quantization.insert_weights import insert_weights
+from slimgraph.quantization.output_scales import observe_outputs
 from slimgraph.quantization.placement import require_ranges_at_inference
 from slimgraph.quantization.plan import QuantizationPlan
 
@@ -28,10 +29,11 @@ def insert(
     moving_rate: float = MOVING_RATE,
     pact: Pact | None = None,
     warm: bool = True,
+    output_scales: bool = False,
 ) -> Program:
     """The program with fake quantizers where the plan has integers; batch norms and dropout stay as they are.
 
-    The plan may speak of the folded program (`quantize.prepare`): what it says of a layer that takes a batch norm is
+    The plan may speak of the folded program (as `prepare` gives it): what it says of a layer that takes a batch norm is
     meant for the norm's result. Weights are rounded as they will be after folding: a scale for each channel is the
     same before and after; one for the whole weight is taken of the weight times what folding multiplies it by. Where
     the plan says how far the grid of a weight reaches, a learned or followed range begins there, and one that is taken
@@ -52,6 +54,9 @@ def insert(
         warm: begin with the plan's ranges, as if they had been seen for long; otherwise as the documents begin (scale
             0.001; state and accumulator 1), and learned steps of weights as their papers do. Learned steps of
             activations begin with the plan's ranges in any case.
+        output_scales: also follow how large the outputs of operators are, as the documents' `out_threshold`
+            (`moving_average_abs_max`): `freeze` writes it into the plan, and an exported ONNX file has it in the
+            metadata of its nodes, for runtimes that want it. It changes no answer, and each step takes a bit longer.
     Raises:
         ConfigError: an unknown type, the plan has no ranges where they are needed, speaks of another program, or is for
             a target that cannot take the ranges of "abs_max" at inference.
@@ -71,6 +76,8 @@ def insert(
     writer, norms = Writer(inserted, options), foldable_norms(inserted)
     weights = insert_weights(writer, plan, norms)
     activations = insert_activations(writer, plan, norms)
+    if output_scales:
+        observe_outputs(writer, program, plan, norms)
     made = replace(plan, activations=activations, weights=weights, weight_reach={})
     edit.finish(inserted)
     parameters: dict[str, Json] = {

@@ -70,6 +70,9 @@ class QuantizationPlan:
     """Largest magnitude that the grid of a weight covers, by layer value: one number, or one for each output channel,
     or one for each group of one channel after another.
     A layer that is not here takes the largest magnitude of its weight."""
+    output_scales: Mapping[str, float] = field(default_factory=dict)
+    """How large the outputs of operators were while the program trained, by value: the documents'
+    `out_threshold`. Nothing here is computed with it."""
 
     def table(self) -> str:
         """The plan as text: a line for each weight, and what stays in float."""

@@ -52,11 +52,12 @@ def quantize(
         skip: layers that stay float: names, globs, `re:…` or `op:…`.
         operators: what may be quantized, by kind ("convolution", "linear", …) or by the documents' names ("conv2d",
             "mul", …); `slimgraph targets` lists them. None is all that the target computes in integers.
-        bias_correction: take each layer's mean rounding error off its bias.
+        bias_correction: take each layer's mean rounding error off its bias. False is for `repairs` of None or "auto";
+            other `repairs` say by themselves whether that is done, and may not contradict it.
         repairs: what else is done against rounding errors, also by names as "bias,smooth" (`repairs_of`); "auto" tries
             what is cheap, and keeps what makes the outputs more alike on samples that it was not made with. None is the
             correction of biases only.
-        weight_bits: fewer bits for weights than the target's.
+        weight_bits: fewer bits for weights than the target's; one number, where `bits` of `compress` are choices.
         activation_bits: fewer bits for activations than the target's.
         weight_per_channel: False gives each weight one scale instead of one for each output channel.
         progress: called after each batch with the number of samples seen.

@@ -32,6 +32,7 @@ def prepare_qat(
     moving_rate: float = MOVING_RATE,
     pact: Pact | None = None,
     warm: bool = True,
+    output_scales: bool = False,
 ) -> Program:
     """A program in training mode that evaluates, before its first step, as the plan's post-training quantization does.
 
@@ -42,11 +43,12 @@ def prepare_qat(
 
     Args:
         program: the float program, batch norms not folded; it stays as it is.
-        plan: with ranges, made for `quantize.prepare(program)`.
+        plan: with ranges, made for `prepare(program)`.
         repaired: what `correct_bias`, `reconstruct` or `gptq` gave for the prepared program. Shifts of biases go into
             those of batch norms, and weights are what folding makes the repaired ones of; with the reach of the grids
             that the plan has, they are on their grids already.
-        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, warm: as for `insert`.
+        weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, warm, output_scales: as for
+            `insert`.
     Raises:
         ConfigError: an option is wrong, the plan has no ranges or speaks of another program, or `repaired` differs in
             more than biases and the rounding of weights.
@@ -70,6 +72,7 @@ def prepare_qat(
         moving_rate=moving_rate,
         pact=pact,
         warm=warm,
+        output_scales=output_scales,
     )
     freeze_statistics_(inserted, False)
     freeze_ranges_(inserted, False)
