@@ -12,10 +12,10 @@ demo: .venv/installed ## Train, quantize, export and measure a small network; re
 	$(BIN)/slimgraph demo --out demo-output
 
 test: .venv/installed ## Run the fast tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: .venv/installed ## Run all tests, the slow ones too
-	$(BIN)/pytest -n 2 -m ""
+	$(BIN)/pytest -n 2 --dist worksteal -m ""
 
 lint: .venv/installed ## Check style, formatting and types
 	$(BIN)/ruff check --no-cache
