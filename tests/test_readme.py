@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,15 @@ COMMANDS = [line.partition(" #")[0] for line in LINES if line.startswith("slimgr
 LINKS = re.findall(r"\]\(([^)#]+)\)", README)
 
 
-def test_the_python_snippets_run_one_after_the_other(tmp_path):
-    script = "\n".join(block for language, block in BLOCKS if language == "python")
-    assert "slimgraph.compress" in script
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "int8 model:" in done.stdout
+def run_python(blocks, folder, monkeypatch):
+    """The Python among the blocks of a page, from its top to its end, in that folder."""
+    monkeypatch.chdir(folder)
+    exec("\n".join(block for language, block in blocks if language == "python"), {"__name__": "__main__"})
+
+
+def test_the_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    run_python(BLOCKS, tmp_path, monkeypatch)
+    assert "int8 model:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -39,11 +40,8 @@ QUANTIZATION = re.findall(
 
 
 @pytest.mark.slow
-def test_the_python_of_the_page_on_quantization_runs_from_its_top_to_its_end(tmp_path):
-    script = "\n".join(block for language, block in QUANTIZATION if language == "python")
-    assert "train_quantized" in script
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_python_of_the_page_on_quantization_runs_from_its_top_to_its_end(tmp_path, monkeypatch):
+    run_python(QUANTIZATION, tmp_path, monkeypatch)
     assert (tmp_path / "codes.onnx").exists()
 
 
