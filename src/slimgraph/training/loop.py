@@ -1,106 +1,25 @@
 """Train a program: one loop, with hooks at fixed places."""
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-from slimgraph.errors import ConfigError, DataError, TrainingError
-from slimgraph.program.program import HistoryEntry, Json, Program, require_program
-from slimgraph.program.watch import run_with_values
+from slimgraph.errors import ConfigError, DataError
+from slimgraph.program.program import Program, require_program
 from slimgraph.training.batch import Batch
+from slimgraph.training.checkpoint import Checkpoints
 from slimgraph.training.data import DataSource
-from slimgraph.training.evaluate import Evaluation
+from slimgraph.training.engine import Engine, fitted, told_options
 from slimgraph.training.losses import Loss, find_loss
-from slimgraph.training.not_finite import first_not_finite
-from slimgraph.training.optim import (
-    Groups,
-    OptimizerSpec,
-    ScheduleSpec,
-    make_optimizer,
-    make_schedule,
-    trained_parameters,
-)
+from slimgraph.training.optim import Groups, OptimizerSpec, ScheduleSpec, trained_parameters
 from slimgraph.training.processes import MixedPrecision, one_process
-from slimgraph.training.state import State, state_of
+from slimgraph.training.randomness import own_randomness, random_state
+from slimgraph.training.run import Evaluate, Fitted, Hook, Run
 from slimgraph.training.stream import stream_batches
 
-Evaluate: TypeAlias = Callable[[Program], float | Evaluation]
-"""How good a program is; higher is better."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """A training that is going on, as hooks see it."""
-
-    program: Program
-    """The one that is trained: hooks may copy it, export the copy, and change what is no tensor of it."""
-    optimizer: Optimizer
-    schedule: Any
-    total_steps: int | None
-    """Steps of the whole run; None where the data do not tell how many batches they have."""
-    step: int = 0
-    """Steps that were taken."""
-    epoch: int = 0
-    """Epochs that were ended."""
-    loss: float = math.nan
-    """Of the last step."""
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
-    """Step and value of each evaluation."""
-    best: State | None = None
-    stop: bool = False
-    """A hook that sets it ends the training with this step."""
-
-
-class Hook:
-    """What is called at fixed places of `fit`. Override what is needed; the rest does nothing."""
-
-    def begin(self, run: Run) -> None:
-        """Before the first step, and before the first evaluation."""
-
-    def epoch_begin(self, run: Run) -> None:
-        """Before the first batch of an epoch is read."""
-
-    def step_begin(self, run: Run) -> None:
-        """Before each step."""
-
-    def step_end(self, run: Run) -> None:
-        """After each step: the parameters, the learning rate, `run.step` and `run.loss` are new."""
-
-    def evaluated(self, run: Run) -> None:
-        """After each evaluation: `run.evaluations` ends with it, and `run.best` is the best state so far."""
-
-    def epoch_end(self, run: Run) -> None:
-        """After the last step of an epoch, and after its evaluation."""
-
-    def end(self, run: Run) -> None:
-        """After the last step; the program has its last state, not yet its best one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """What a training has come to."""
-
-    program: Program
-    """In the best state, or in the last one where nothing was evaluated."""
-    step: int
-    """Steps after which it had that state."""
-    value: float | None
-    """What the evaluation gave for it; None where nothing was evaluated."""
-    losses: tuple[float, ...]
-    """One for each step."""
-    evaluations: tuple[tuple[int, float], ...]
-    """Step and value of each; the first is of step 0."""
+__all__ = ["Evaluate", "Fitted", "Hook", "Run", "fit", "require_length"]
 
 
 def fit(
@@ -121,6 +40,7 @@ def fit(
     mixed_precision: MixedPrecision = "no",
     keep_best: bool = True,
     best_path: str | os.PathLike[str] | None = None,
+    checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Fitted:
@@ -154,12 +74,16 @@ def fit(
         mixed_precision: "bf16" or "fp16" run what is safe to run in them so; parameters stay as they are.
         keep_best: give the state with the highest evaluation, the earliest of equals; otherwise the last one.
         best_path: a file for that state, as safetensors, replaced whenever there is a better one.
+        checkpoints: a folder, or `Checkpoints` of one, from which a training that was interrupted at any moment goes on
+            to the same end: call `fit` again as before. Data must be in the same order then, as they are where all that
+            shuffles them draws from PyTorch's, NumPy's or Python's random numbers.
         seed: of PyTorch's random numbers while this runs; those of the caller go on as if it had not. Evaluations draw
             from others than training does.
         progress: called after each step as a `ProgressBar` is: with a stage, the steps, and how many there will be.
     Raises:
         DataError: a batch does not fit the program, or there is none.
         ConfigError, UnknownNameError: an option cannot be used.
+        OutputError: a checkpoint cannot be written.
         TrainingError: the loss or the gradient became NaN or infinite; the message names the step and the first layer
             with such a value, and the error's `fitted` is the best so far.
     """
@@ -167,7 +91,10 @@ def fit(
     require_length(epochs, steps)
     _require_options(clip, accumulate, evaluate, evaluate_every, best_path)
     loss_of = find_loss(loss)
+    told = {**told_options(loss, optimizer, schedule, seed), "accumulate": accumulate}
+    kept = Checkpoints(checkpoints) if isinstance(checkpoints, (str, os.PathLike)) else checkpoints
     read = stream_batches(data if callable(data) else lambda: data, "The training data", program.signature)
+    begun = random_state()
     batches = read()
     first = next(batches, None)
     if first is None:
@@ -176,20 +103,25 @@ def fit(
     if epochs is not None and (length := _length(data, first)) is not None:
         steps = math.ceil(length / accumulate) * epochs
 
-    with one_process(mixed_precision) as accelerator:
-        loop = _Loop(accelerator, loss_of, evaluate, hooks, clip, keep_best, best_path, seed)
+    with one_process(mixed_precision) as accelerator, own_randomness(seed, accelerator.device):
+        loop = Engine(accelerator, loss_of, evaluate, hooks, clip, keep_best, best_path, seed, begun)
         run = loop.prepare(program, optimizer, groups, schedule, steps)
+        saved = None if kept is None else kept.newest()
 
         def over() -> bool:
             return run.stop or (run.step >= (steps or 0) if epochs is None else run.epoch >= epochs)
 
-        with loop.interruption_told(), loop.randomness(seed):
+        with loop.interruption_told():
             loop.call("begin")
-            loop.judge()  # the state before the first step is the first candidate
+            if saved is None:
+                loop.judge()  # the state before the first step is the first candidate
+            else:
+                batches = loop.resume(saved, told, read)
             while not over():
-                loop.call("epoch_begin")
-                begun = run.step
+                if run.batch == 0:
+                    loop.call("epoch_begin")
                 while not over() and (group := tuple(islice(batches, accumulate))):
+                    run.batch += len(group)
                     loop.call("step_begin")
                     loop.step(group)
                     loop.call("step_end")
@@ -197,161 +129,22 @@ def fit(
                         progress("Training", run.step, run.total_steps)
                     if evaluate_every is not None and run.step % evaluate_every == 0:
                         loop.judge()
-                if run.step == begun:
+                    if kept is not None and kept.every is not None and run.step % kept.every == 0:
+                        loop.write(kept, told)
+                if run.batch == 0:
                     raise DataError(f"The training data have no batch in epoch {run.epoch + 1}, unlike before.")
-                run.epoch += 1
+                run.epoch, run.batch = run.epoch + 1, 0
                 if evaluate_every is None:
                     loop.judge()
                 loop.call("epoch_end")
+                loop.epoch_random = random_state()
+                if kept is not None and kept.every is None:
+                    loop.write(kept, told)
                 batches = read()
             if run.evaluations and run.evaluations[-1][0] != run.step:
                 loop.judge()
             loop.call("end")
-        return _fitted(run, program, loop.losses, _told(loss, optimizer, schedule, seed))
-
-
-class _Shell(nn.Module):
-    """Accelerate patches the `forward` of what it prepares: of this, so that copies of the program are free of it."""
-
-    def __init__(self, program: Program, loss: Loss) -> None:
-        super().__init__()
-        self.program = program
-        self.loss = loss if isinstance(loss, nn.Module) else None  # here its parameters are trained by all processes
-        self.taps: Sequence[str] = getattr(loss, "taps", ())
-
-    def forward(self, **inputs: Tensor) -> tuple[Any, ...]:
-        return run_with_values(self.program, inputs, self.taps) if self.taps else (self.program(**inputs),)
-
-
-class _Loop:
-    """What happens in the places of `fit`."""
-
-    run: Run
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        loss: Loss,
-        evaluate: Evaluate | None,
-        hooks: Sequence[Hook],
-        clip: float | None,
-        keep_best: bool,
-        best_path: str | os.PathLike[str] | None,
-        seed: int,
-    ) -> None:
-        self.accelerator, self.loss, self.evaluate, self.hooks = accelerator, loss, evaluate, hooks
-        self.clip, self.keep_best, self.best_path, self.seed = clip, keep_best, best_path, seed
-        self.losses: list[float] = []
-
-    def prepare(
-        self,
-        program: Program,
-        optimizer: OptimizerSpec,
-        groups: Callable[[Program], Groups],
-        schedule: ScheduleSpec | None,
-        steps: int | None,
-    ) -> Run:
-        """A copy of the program on the device, with all that trains it."""
-        trained = program.copy()
-        pairs = zip(_parameters(program), _parameters(trained), strict=True)
-        twins: dict[int, Tensor] = {id(old): new for old, new in pairs}
-        trained.to(self.accelerator.device).train()
-        made = make_optimizer(optimizer, groups(trained), twins)
-        shell = _Shell(trained, self.loss).to(self.accelerator.device)
-        if shell.loss is not None and (own := list(shell.loss.parameters())):
-            made.add_param_group({"params": own})
-        # The schedule comes first: where gradients are scaled, Accelerate keeps the method that it has wrapped.
-        scheduled = make_schedule(schedule, made, steps)
-        self.model, self.stepper = self.accelerator.prepare(shell, made)
-        self.run = Run(program=trained, optimizer=made, schedule=scheduled, total_steps=steps)
-        return self.run
-
-    def call(self, place: str) -> None:
-        for hook in self.hooks:
-            getattr(hook, place)(self.run)
-
-    def judge(self) -> None:
-        """Evaluate the program, and keep its state if none was better."""
-        if self.evaluate is None:
-            return
-        run = self.run
-        with self.randomness(self.seed + 1), torch.no_grad():
-            run.program.eval()
-            given = self.evaluate(run.program)
-            run.program.train()
-        value = given.value if isinstance(given, Evaluation) else float(given)
-        run.evaluations.append((run.step, value))
-        if self.keep_best and not math.isnan(value) and (run.best is None or value > run.best.value):
-            run.best = state_of(run.program, step=run.step, value=value)
-            if self.best_path is not None:
-                run.best.write(self.best_path)
-        if isinstance(run.schedule, ReduceLROnPlateau):
-            run.schedule.step(value)
-        self.call("evaluated")
-
-    def step(self, group: Sequence[Batch]) -> None:
-        """One update of the parameters by some batches."""
-        run = self.run
-        self.stepper.zero_grad()
-        samples, total = sum(map(len, group)), 0.0
-        for batch in group:
-            batch = batch.to(self.accelerator.device)
-            outputs, *values = self.model(**batch.inputs)
-            loss = _checked_loss(self.loss(outputs, batch, *values))
-            value, share = loss.item(), len(batch) / samples
-            if not math.isfinite(value):
-                raise self._failure(f"is {value}", batch)
-            self.accelerator.backward(loss * share if share < 1 else loss)
-            total += value * share
-        if self.clip is not None:
-            norm = self.accelerator.clip_grad_norm_(run.program.parameters(), self.clip)
-            if norm is not None and not math.isfinite(norm) and self.stepper.scaler is None:
-                raise self._failure(f"is {total:.4g}, but its gradient is not finite", None)
-        self.stepper.step()
-        if not (run.schedule is None or isinstance(run.schedule, ReduceLROnPlateau) or self.stepper.step_was_skipped):
-            run.schedule.step()
-        run.step, run.loss = run.step + 1, total
-        self.losses.append(total)
-
-    @contextmanager
-    def randomness(self, seed: int) -> Iterator[None]:
-        """Random numbers of their own for what is done inside."""
-        device = self.accelerator.device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(seed)
-            yield
-
-    @contextmanager
-    def interruption_told(self) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt as interruption:
-            if self.best_path is not None and self.run.best is not None:
-                interruption.add_note(f"The best state so far, of step {self.run.best.step}, is in {self.best_path}.")
-            raise
-
-    def _failure(self, what: str, batch: Batch | None) -> TrainingError:
-        run = self.run
-        if batch is None:
-            gradients = ((name, parameter.grad) for name, parameter in run.program.named_parameters())
-            broken = [name for name, given in gradients if given is not None and not bool(given.isfinite().all())]
-            where = f"The gradient of {broken[0]!r} is not." if broken else "Its norm exceeds what a number can hold."
-        else:
-            with self.accelerator.autocast():
-                found = first_not_finite(run.program, batch.inputs)
-            where = found or "Every value of the program is finite; the loss function made it of them."
-        kept = ""
-        if run.best is not None:
-            place = "" if self.best_path is None else f", and in {self.best_path}"
-            kept = f" The best state so far, of step {run.best.step}, is the error's `fitted`{place}."
-        rates = ", ".join(f"{group['lr']:.3g}" for group in run.optimizer.param_groups)
-        error = TrainingError(
-            f"The loss of step {run.step + 1} {what}. {where}{kept} Lower the learning rate (here {rates}), clip "
-            "gradients (clip=1.0), or look at this batch."
-        )
-        if run.best is not None:
-            error.fitted = _fitted(run, run.program, self.losses, {})
-        return error
+        return fitted(run, program, loop.losses, told)
 
 
 def require_length(epochs: int | None, steps: int | None) -> None:
@@ -390,51 +183,3 @@ def _length(data: Any, first: Batch) -> int | None:
         return len(data) if hasattr(data, "__len__") else None
     except TypeError:  # a loader of a stream
         return None
-
-
-def _parameters(program: Program) -> Iterator[nn.Parameter]:
-    return (parameter for _, parameter in program.named_parameters(remove_duplicate=False))
-
-
-def _checked_loss(given: Any) -> Tensor:
-    if not isinstance(given, Tensor) or given.numel() != 1:
-        told = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise ConfigError(f"The loss returned {told}; it must return a tensor of one number.")
-    if not given.requires_grad:
-        raise TrainingError(
-            "The loss does not depend on any parameter that takes a gradient. Quantized programs have none: train the "
-            "float one, or one that `prepare_qat` made."
-        )
-    return given.reshape(())
-
-
-def _fitted(run: Run, given: Program, losses: Sequence[float], parameters: dict[str, Json]) -> Fitted:
-    step, value = run.step, run.evaluations[-1][1] if run.evaluations else None
-    if run.best is not None:
-        run.best.put_into(run.program)
-        step, value = run.best.step, run.best.value
-    run.optimizer.zero_grad()
-    finished = run.program.to(given.device).train(given.training)
-    entry = HistoryEntry(
-        step="fit", parameters=parameters, result={"steps": run.step, "kept_step": step, "value": value}
-    )
-    return Fitted(
-        program=finished.with_history(entry),
-        step=step,
-        value=value,
-        losses=tuple(losses),
-        evaluations=tuple(run.evaluations),
-    )
-
-
-def _told(loss: Any, optimizer: Any, schedule: Any, seed: int) -> dict[str, Json]:
-    """Options as a history can hold them: names with their arguments, and of objects the class or function."""
-
-    def told(option: Any) -> Json:
-        if option is None or isinstance(option, str):
-            return option
-        if isinstance(option, tuple):
-            return json.loads(json.dumps(option, default=str))  # type: ignore[no-any-return]
-        return str(getattr(option, "__name__", type(option).__name__))
-
-    return {"loss": told(loss), "optimizer": told(optimizer), "schedule": told(schedule), "seed": seed}
