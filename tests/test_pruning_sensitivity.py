@@ -19,6 +19,7 @@ from slimgraph.pruning.criteria import score_groups
 from slimgraph.pruning.groups import find_groups
 from slimgraph.pruning.kept import plan_removal
 from slimgraph.pruning.measure_sensitivity import measure_sensitivity
+from slimgraph.pruning.prune import plan_pruning
 from slimgraph.pruning.sensitivity import Ladder, ratios_by, relative_loss
 from slimgraph.pruning.sensitivity_file import (
     load_sensitivity,
@@ -51,6 +52,24 @@ class Net(nn.Module):
         q, k, v = self.qkv(x).reshape(-1, 16, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
         x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 16, 24))
         return self.head(self.lstm(x)[0].mean(dim=1))
+
+
+class Normed(nn.Module):
+    """Channels that norms run over, and heads that are one axis with the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.group, self.point = nn.Conv2d(3, 12, 1), nn.GroupNorm(3, 12), nn.Conv2d(12, 12, 1)
+        self.layer, self.rms = nn.LayerNorm(12), nn.RMSNorm(12)
+        self.qkv, self.proj, self.head = nn.Linear(12, 3 * 24), nn.Linear(24, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.point(self.group(self.stem(x)).relu()).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.layer(x)).reshape(-1, 16, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.reshape(-1, 16, 8) for part in (q, k, v))
+        attended = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).reshape(-1, 3, 16, 8)
+        x = x + self.proj(attended.transpose(1, 2).reshape(-1, 16, 24))
+        return self.head(self.rms(x).mean(dim=1))
 
 
 class Small(nn.Module):
@@ -87,21 +106,23 @@ def batches(program, count=4, size=16, seed=0):
     return [(x, program(x).argmax(dim=1)) for x in inputs]
 
 
-def test_a_variant_computes_what_the_pruned_program_computes():
+@pytest.mark.parametrize(("net", "norm_axes", "count"), [(Net, False, 6), (Normed, False, 3), (Normed, True, 5)])
+def test_a_variant_computes_what_the_pruned_program_computes(net, norm_axes, count):
     torch.manual_seed(0)
-    program = capture(randomized(Net(), 1), torch.zeros(1, 3, 4, 4))
-    groups = find_groups(program)
+    program = capture(randomized(net(), 1), torch.zeros(1, 3, 4, 4))
+    groups = find_groups(program, norm_axes=norm_axes)
     quick = made_quick(program)
-    found = find_groups(quick)
+    found = find_groups(quick, norm_axes=norm_axes)
     x = torch.randn(3, 3, 4, 4)
     removed = {group.name: tuple(range(0, group.size, 2)) for group in groups.groups}
     variants = [variant_without(found, name, gone) for name, gone in removed.items()]
     outputs = dict(replay_variants(quick, quick_inputs(quick, {"x": x}), variants))
     torch.testing.assert_close(outputs[None][0], program(x), rtol=1e-4, atol=1e-5)
     for index, (name, gone) in enumerate(removed.items()):
-        pruned = apply_pruning(program, plan_removal(groups, {name: gone}), groups=groups, proof=False)
+        plan = plan_removal(groups, {name: gone}, norm_axes=norm_axes)
+        pruned = apply_pruning(program, plan, groups=groups, proof=False)
         torch.testing.assert_close(outputs[index][0], pruned(x), rtol=1e-4, atol=1e-5, msg=name)
-    assert len(removed) >= 6
+    assert len(removed) >= count
 
 
 def test_the_layer_that_makes_the_channels_and_a_depthwise_one_behind_it_are_shared_by_all_points():
@@ -127,6 +148,19 @@ def test_points_are_the_metric_of_the_pruned_programs(small):
             assert metric == evaluate(pruned, data).value
     assert [*found.ladders["first.weight:0"].metrics] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     assert found.losses["first.weight:0"][0.9] == pytest.approx(1 - found.ladders["first.weight:0"].metrics[0.9])
+
+
+def test_channels_that_a_norm_runs_over_are_measured_and_pruned_by_it():
+    torch.manual_seed(0)
+    program = capture(randomized(Normed(), 1), torch.zeros(1, 3, 4, 4))
+    data = [(x := torch.randn(16, 3, 4, 4), program(x).argmax(dim=1))]
+    found = measure_sensitivity(program, data, ratios=[0.25, 0.5], norm_axes=True, stop_loss=None)
+    normed = {group.name for group in find_groups(program, norm_axes=True).groups if group.normed}
+    assert normed
+    assert normed <= found.ladders.keys()
+    plan = plan_pruning(program, flops_removed=0.4, allocation="sensitive", sensitivity=found, norm_axes=True)
+    assert any(group.name in normed for group in plan.groups)
+    assert apply_pruning(program, plan)(torch.randn(2, 3, 4, 4)).shape == (2, 4)
 
 
 def test_a_mean_over_the_batch_is_a_metric_too(small):

@@ -56,6 +56,9 @@ def sensitivity(
         list[str] | None,
         typer.Option("--skip", metavar="PATTERN", help="Layers to leave out, likewise.", show_default=False),
     ] = None,
+    norm_axes: Annotated[
+        bool, typer.Option("--norm-axes", help="Also channels that a layer or group norm runs over, as for prune.")
+    ] = False,
     stop_loss: Annotated[
         float,
         typer.Option(
@@ -104,6 +107,7 @@ def sensitivity(
             ratios=ratios,
             layers=layers,
             skip=skip or [],
+            norm_axes=norm_axes,
             criterion=criterion,
             metric=metric,
             stop_loss=None if stop_loss >= 1 else stop_loss,

@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -243,13 +243,18 @@ def flag_position(node: fx.Node) -> int | None:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by the names in its schema, defaults filled in."""
+    return named_arguments(node, node.args, node.kwargs)
+
+
+def named_arguments(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of an ATen call are, or become, by the names in its schema, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
     named: dict[str, Any] = {}
     for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            named[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            named[argument.name] = node.kwargs[argument.name]
+        if index < len(args):
+            named[argument.name] = args[index]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
         else:
             named[argument.name] = argument.default_value if argument.has_default_value() else None
     return named

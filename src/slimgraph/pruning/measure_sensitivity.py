@@ -37,6 +37,7 @@ def measure_sensitivity(
     ratios: Sequence[float] = RATIOS,
     layers: Sequence[str] | None = None,
     skip: Sequence[str] = (),
+    norm_axes: bool = False,
     criterion: str | Criterion = "l2_norm",
     metric: str | Metric = "top1",
     stop_loss: float | None = 0.5,
@@ -56,6 +57,7 @@ def measure_sensitivity(
         ratios: the parts of a group that go, in (0, 1).
         layers: layers, parameters or patterns (`matching`) whose groups are measured; None measures all.
         skip: those that are left out.
+        norm_axes: also channels that a layer or group norm runs over; its statistics are then those of the rest.
         criterion: which indices of a group go first, as `score_groups` has it; some read `data`.
         metric: as `evaluate` has it; higher is better.
         stop_loss: a ladder ends at the ratio at which more than this part of the metric is lost: larger ones are
@@ -77,7 +79,7 @@ def measure_sensitivity(
     if eval_rate is not None and not 0 < eval_rate <= 1:
         raise ConfigError(f"eval_rate is {eval_rate}; give the part of the samples to use, in (0, 1].")
     score = find_metric(metric) if isinstance(metric, str) else metric
-    groups = find_groups(program)
+    groups = find_groups(program, norm_axes=norm_axes)
     chosen = dataclasses.replace(groups, groups=_chosen(groups, layers, skip))
     scores = score_groups(program, chosen, criterion, data=data if criterion in _READ_DATA else None, seed=seed)
     about = Sensitivity(
@@ -95,7 +97,9 @@ def measure_sensitivity(
         return dataclasses.replace(known, running=None)
     batches = _batches(data, program.signature, eval_rate, seed)
     if workers is not None:
-        shares = measured_on_ray(program, pending, scores, [*batches], score, stop_loss, workers=workers)
+        shares = measured_on_ray(
+            program, pending, scores, [*batches], score, stop_loss, workers=workers, norm_axes=norm_axes
+        )
         for share in shares:
             known = _with_points(known, share, groups)
             pending = {name: several for name, several in pending.items() if name not in share.sums}
@@ -104,7 +108,7 @@ def measure_sensitivity(
             progress(f"Measuring sensitivity, {len(pending)} groups to go", 0, None)
         return known
     running = _resumed(known.running, pending)
-    for reached in measured(program, pending, scores, batches, score, running, stop_loss):
+    for reached in measured(program, pending, scores, batches, score, running, stop_loss, norm_axes=norm_axes):
         running = reached
         if file is not None:
             save_sensitivity(dataclasses.replace(known, running=running), file)

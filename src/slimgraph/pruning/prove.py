@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 import slimgraph.program.edit as edit
 from slimgraph.errors import ProgramError
 from slimgraph.program.cast import compute_in
 from slimgraph.program.program import Program
 from slimgraph.pruning.kept import Kept
+from slimgraph.pruning.kept_norms import norm_of_kept, takes_statistics
 from slimgraph.pruning.plan import PruningPlan
-from slimgraph.pruning.rules_layers import is_of_input
 
 aten = torch.ops.aten
 
@@ -21,10 +20,6 @@ TOLERANCE = 1e-9
 """Of the range of an output: float64 rounding in another order stays far below it."""
 
 _SAMPLES = 2
-_NORMS = (
-    *(aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default),
-    *(aten.batch_norm.default, aten.instance_norm.default),
-)
 # Everywhere else an index either goes through or is read by itself.
 _READERS = frozenset(
     {
@@ -114,7 +109,7 @@ class _Masked(fx.Interpreter):
         self._kept = kept
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.target in _NORMS:
+        if takes_statistics(n):
             return self._norm(n)
         if not sums_over_axes(n):
             return super().run_node(n)
@@ -134,41 +129,10 @@ class _Masked(fx.Interpreter):
         return value
 
     def _norm(self, n: fx.Node) -> Any:
-        """The norm of the kept indices, put back in their places; whatever stands at the others is masked later."""
+        """Of the kept indices; whatever stands at the others is masked later."""
         operand: Any = n.args[0]
-        axes = self._kept.traced.of(self._originals[operand])
-        if all(map(self._kept.is_whole, axes)) or not is_of_input(n):
+        axes = enumerate(self._kept.traced.of(self._originals[operand]))
+        stays = {axis: self._kept.mask(tree, batch=_SAMPLES) for axis, tree in axes if not self._kept.is_whole(tree)}
+        if not stays:
             return super().run_node(n)
-        given: Any = fx.map_arg(edit.arguments(n), self.env.__getitem__)
-        x = given["input"]
-        stays = [self._kept.mask(tree, batch=_SAMPLES) for tree in axes]
-        places = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays), indexing="ij")
-        small = x[places]
-        weight, bias = given.get("weight"), given.get("bias")
-        if n.target is aten.group_norm.default:
-            channels = stays[1]
-            groups = self._groups(n, channels)
-            weight, bias = (None if vector is None else vector[channels] for vector in (weight, bias))
-            new = F.group_norm(small, groups, weight, bias, given["eps"])
-        elif n.target in (aten.batch_norm.default, aten.instance_norm.default):
-            weight, bias = (None if vector is None else vector[stays[1]] for vector in (weight, bias))
-            if n.target is aten.batch_norm.default:
-                new = F.batch_norm(small, None, None, weight, bias, training=True, eps=given["eps"])
-            else:
-                new = F.instance_norm(small, weight=weight, bias=bias, eps=given["eps"])
-        else:
-            count = len(given["normalized_shape"])
-            lasts = torch.meshgrid(*(keep.nonzero().flatten() for keep in stays[-count:]), indexing="ij")
-            shape = list(small.shape[-count:])
-            weight, bias = (None if vector is None else vector[lasts] for vector in (weight, bias))
-            if n.target is aten.layer_norm.default:
-                new = F.layer_norm(small, shape, weight, bias, given["eps"])
-            else:
-                new = F.rms_norm(small, shape, weight, given["eps"])
-        result = torch.zeros_like(x)
-        result[places] = new
-        return result
-
-    def _groups(self, n: fx.Node, channels: Tensor) -> int:
-        groups = int(edit.arguments(n)["num_groups"])
-        return int(channels.reshape(groups, -1).any(dim=1).sum())
+        return norm_of_kept(n.target, fx.map_arg(edit.arguments(n), self.env.__getitem__), stays)

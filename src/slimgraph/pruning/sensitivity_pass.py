@@ -43,6 +43,8 @@ def measured(
     score: Metric,
     running: Running,
     stop_loss: float | None,
+    *,
+    norm_axes: bool = False,
 ) -> Iterator[Running]:
     """The sums after each batch that `running` has not got yet.
 
@@ -50,11 +52,12 @@ def measured(
         scores: of the indices of each group; the lowest go first.
         score: the metric.
         stop_loss: the part of the metric behind whose loss a ladder ends; None goes on.
+        norm_axes: whether the groups are those that `find_groups` finds with them.
     Raises:
         ConfigError: the metric returned something else than one number for each sample, or one for the batch.
         DataError: the metric is not finite, or does not apply to the answers and labels.
     """
-    quick, points = _points(program, pending, scores)
+    quick, points = _points(program, pending, scores, norm_axes=norm_axes)
     for number, batch in enumerate(batches):
         if number < running.batches:
             continue
@@ -94,9 +97,11 @@ def _without_hopeless(running: Running, stop_loss: float | None) -> Running:
     return dataclasses.replace(running, sums=sums)
 
 
-def _points(program: Program, pending: Pending, scores: Mapping[str, Tensor]) -> tuple[Program, list[_Point]]:
+def _points(
+    program: Program, pending: Pending, scores: Mapping[str, Tensor], *, norm_axes: bool
+) -> tuple[Program, list[_Point]]:
     """What to run for each point, and the program that it is a variant of."""
-    groups = _groups_of_quick(program, pending)
+    groups = _groups_of_quick(program, pending, norm_axes=norm_axes)
     points = []
     for name, ratios in pending.items():
         by_count: dict[int, list[float]] = {}
@@ -108,12 +113,12 @@ def _points(program: Program, pending: Pending, scores: Mapping[str, Tensor]) ->
     return groups.traced.program, points
 
 
-def _groups_of_quick(program: Program, names: Iterable[str]) -> Groups:
+def _groups_of_quick(program: Program, names: Iterable[str], *, norm_axes: bool) -> Groups:
     """The groups of a program that computes the same and runs faster."""
-    found = find_groups(made_quick(program))
+    found = find_groups(made_quick(program), norm_axes=norm_axes)
     if {*names} <= {group.name for group in found.groups}:
         return found
-    return find_groups(made_quick(program, fold=False))  # a group was named after a batch norm
+    return find_groups(made_quick(program, fold=False), norm_axes=norm_axes)  # a group was named after a batch norm
 
 
 def _totals(program: Program, variants: Sequence[Variant], batch: Batch, score: Metric) -> list[float]:

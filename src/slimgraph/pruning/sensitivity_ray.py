@@ -30,6 +30,7 @@ def measured_on_ray(
     stop_loss: float | None,
     *,
     workers: int,
+    norm_axes: bool = False,
 ) -> Iterator[Running]:
     """The sums of some groups after the other, each over all batches, in the order in which they are done.
 
@@ -58,7 +59,13 @@ def measured_on_ray(
         # Groups at the beginning of a program cost the most, so that each piece gets some of them.
         pieces = [[*pending][start::count] for start in range(count)]
         waiting = [
-            share.remote(*shared, {name: pending[name] for name in names}, {n: scores[n] for n in names}, stop_loss)
+            share.remote(
+                *shared,
+                {name: pending[name] for name in names},
+                {name: scores[name] for name in names},
+                stop_loss,
+                norm_axes=norm_axes,
+            )
             for names in pieces
         ]
         while waiting:
@@ -93,11 +100,13 @@ def _share(
     pending: Pending,
     scores: Mapping[str, Tensor],
     stop_loss: float | None,
+    *,
+    norm_axes: bool,
 ) -> Running:
     """What one process does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.pt2"
         path.write_bytes(archive)
         program = load_program(path)
-    *_, last = measured(program, pending, scores, batches, score, Running.of(pending), stop_loss)
+    *_, last = measured(program, pending, scores, batches, score, Running.of(pending), stop_loss, norm_axes=norm_axes)
     return last

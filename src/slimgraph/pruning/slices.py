@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import slimgraph.program.edit as edit
 from slimgraph.pruning.axes import Atom, Cat, Pick, Prod, Tree, resolved, size_of
@@ -45,19 +45,18 @@ def rows_of(tensor: Tensor, axis: int, owner: Tensor) -> Tensor:
 
 def group_owners(groups: Groups, group: Group) -> dict[str, Tensor]:
     """`owners` for each parameter of a group that is trained, by "parameter:axis"; buffers are left out."""
-    program = groups.traced.program
-    parameters = dict(program.named_parameters(remove_duplicate=False))
-    nodes = {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
+    traced = groups.traced
     found: dict[str, Tensor] = {}
     seen: set[tuple[int, int]] = set()
     for member in group.members:
-        if member.parameter not in parameters:
+        tensor = edit.tensor_named(traced.program.graph_module, member.parameter)
+        if not isinstance(tensor, nn.Parameter):
             continue
-        key = (id(edit.tensor_named(program.graph_module, member.parameter)), member.axis)
+        key = (id(tensor), member.axis)
         if key in seen:
             continue  # tied, under another name
         seen.add(key)
-        tree = groups.traced.of(nodes[member.parameter])[member.axis]
+        tree = traced.of(traced.stored[member.parameter])[member.axis]
         assert size_of(tree) == member.size
         found[f"{member.parameter}:{member.axis}"] = owners(tree, groups.atoms[group.name])
     return found

@@ -32,6 +32,8 @@ class Traced:
     """Of values that are tensors, parameters among them."""
     values: Mapping[fx.Node, Any]
     """What each node gives, as tensors without elements."""
+    stored: Mapping[str, fx.Node]
+    """The node that reads each parameter and buffer, by the name of that."""
     unknown: Mapping[str, str]
     """Values at which tracing gave up, all of whose axes stay as they are, with the operator."""
     shuffles: Mapping[fx.Node, Shuffle]
@@ -74,6 +76,7 @@ class Trace:
             program=self.program,
             axes=axes,  # type: ignore[arg-type]
             values=self.values,
+            stored={str(node.target): node for node in self.program.graph.find_nodes(op="get_attr")},
             unknown=self.unknown,
             shuffles=self.shuffles,
         )

@@ -98,13 +98,12 @@ def _feed_forward(groups: Groups) -> tuple[Group, ...]:
         for tree in traced.of(each)
         for atom in atoms(tree)
     }
-    nodes = {str(node.target): node for node in traced.program.graph.find_nodes(op="get_attr")}
 
     def widths(group: Group) -> list[frozenset[Atom]]:
         """What the matrices of a group have on their other axis."""
         found = []
         for member in group.members:
-            for axis, tree in enumerate(traced.of(nodes[member.parameter])):
+            for axis, tree in enumerate(traced.of(traced.stored[member.parameter])):
                 leaves = frozenset(atoms(tree))
                 if axis != member.axis and size_of(tree) > 1 and not any("kernel" in leaf.pins for leaf in leaves):
                     found.append(leaves)

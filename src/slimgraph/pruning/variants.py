@@ -10,11 +10,14 @@ from torch import Tensor, fx
 import slimgraph.program.edit as edit
 from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.program import Program
-from slimgraph.program.replay import Variant
+from slimgraph.program.replay import Instead, Variant
+from slimgraph.pruning.axes import Tree, size_of
 from slimgraph.pruning.groups import Groups
 from slimgraph.pruning.kept import Kept
+from slimgraph.pruning.kept_norms import norm_of_kept, takes_statistics
 from slimgraph.pruning.plan import PrunedGroup, PruningPlan
 from slimgraph.pruning.prove import sums_over_axes
+from slimgraph.pruning.trace import BATCH
 
 aten = torch.ops.aten
 
@@ -65,34 +68,44 @@ def variant_without(groups: Groups, group: str, removed: tuple[int, ...]) -> Var
     pruned = PrunedGroup(name=group, size=groups[group].size, removed=removed)
     kept = Kept(groups, PruningPlan(groups=(pruned,)))
     instead = {
-        node: reading
-        for node in groups.traced.program.graph.nodes
-        if sums_over_axes(node) and (reading := _reading(kept, node)) is not None
+        node: reading for node in groups.traced.program.graph.nodes if (reading := _reading(kept, node)) is not None
     }
     return Variant(start=next(iter(instead)), instead=instead) if instead else None
 
 
-def _reading(kept: Kept, node: fx.Node) -> "_Zeroed | None":
-    operands: list[fx.Node] = node.all_input_nodes
+def _reading(kept: Kept, node: fx.Node) -> Instead | None:
+    """How an operator that sums, or a norm, is computed without the indices; None where it reads none of them."""
+    if takes_statistics(node):
+        axes = _pruned_axes(kept, node.args[0])
+        return _Normed(kept, axes) if axes else None
+    if not sums_over_axes(node):
+        return None
     weight: Any = node.args[1]
     if node.target in _WEIGHTED and weight in kept.traced.axes:
-        keep = kept.masks(weight)[1]
-        return None if bool(keep.all()) else _Zeroed({weight: {1: keep}})
-    zeros = {
-        operand: {axis: keep for axis, keep in enumerate(kept.masks(operand)) if not bool(keep.all())}
-        for operand in operands
-        if operand in kept.traced.axes
-    }
-    found = {operand: axes for operand, axes in zeros.items() if axes}
-    return _Zeroed(found) if found else None
+        axes = {axis: tree for axis, tree in _pruned_axes(kept, weight).items() if axis == 1}
+        return _Zeroed(kept, {weight: axes}) if axes else None
+    found = {operand: axes for operand in node.all_input_nodes if (axes := _pruned_axes(kept, operand))}
+    return _Zeroed(kept, found) if found else None
+
+
+def _pruned_axes(kept: Kept, operand: Any) -> dict[int, Tree]:
+    if operand not in kept.traced.axes:
+        return {}
+    return {axis: tree for axis, tree in enumerate(kept.traced.of(operand)) if not kept.is_whole(tree)}
+
+
+def _masks(kept: Kept, axes: Mapping[int, Tree], value: Tensor) -> dict[int, Tensor]:
+    """Which indices of a value stay, with as many samples as it has."""
+    return {axis: kept.mask(tree, batch=BATCH * value.shape[axis] // size_of(tree)) for axis, tree in axes.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Zeroed:
     """Calls an operator with zeros at the indices of its operands that do not stay."""
 
-    operands: Mapping[fx.Node, Mapping[int, Tensor]]
-    """Which indices stay, by operand and axis."""
+    kept: Kept
+    operands: Mapping[fx.Node, Mapping[int, Tree]]
+    """By operand, what the axes are made of of which indices go."""
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return node.target(*self._zeroed(node.args, args), **kwargs)  # type: ignore[operator]
@@ -101,7 +114,20 @@ class _Zeroed:
         if isinstance(operand, (list, tuple)):
             return [self._zeroed(each, one) for each, one in zip(operand, value, strict=True)]
         if isinstance(operand, fx.Node) and isinstance(value, Tensor) and value.is_floating_point():
-            for axis, keep in self.operands.get(operand, {}).items():
+            for axis, keep in _masks(self.kept, self.operands.get(operand, {}), value).items():
                 shape = [-1 if other == axis else 1 for other in range(value.dim())]
                 value = value * keep.to(value).reshape(shape)
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Normed:
+    """Computes a norm of the indices that stay."""
+
+    kept: Kept
+    axes: Mapping[int, Tree]
+    """Of its input."""
+
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = edit.named_arguments(node, args, kwargs)
+        return norm_of_kept(node.target, given, _masks(self.kept, self.axes, given["input"]))
