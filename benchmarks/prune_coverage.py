@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from parts.architectures import CONVOLUTIONAL, FIXED, create, pictures
-from parts.coverage_page import publish
+from parts.coverage_page import is_exported, publish
 from parts.race import Result, run_each, said
 
 from models.randomize import randomize
@@ -46,6 +47,8 @@ class Run:
     left: float = 1.0
     error: float | None = None
     seconds: float = 0.0
+    exported: bool = False
+    """To ONNX, where outputs agree; tried for the run of which more is removed."""
     unknown: Sequence[str] = field(default_factory=tuple)
     remark: str = ""
     failure: str = ""
@@ -80,6 +83,7 @@ def _export(program: Program, pruned: Program, batch: torch.Tensor, run: Run) ->
             run.remark = "not even the original exports"
         else:
             check_export(pruned, path, batch)
+            run.exported = True
 
 
 def _exports(program: Program, path: Path) -> bool:
@@ -112,7 +116,7 @@ def prune_half(program: Program, run: Run, *, export: bool) -> None:
         _export(program, pruned, torch.randn(3, *shape[1:]), run)
 
 
-def race(name: str) -> Result:
+def race(name: str, *, export: bool) -> Result:
     """What becomes of one network."""
     program = random_program(name)
     has_norms = any(group.normed for group in find_groups(program, norm_axes=True).groups)
@@ -120,7 +124,7 @@ def race(name: str) -> Result:
     for norm_axes in (False, True) if has_norms else (False,):
         runs.append(run := Run(norm_axes=norm_axes))
         try:  # of two, the one of which more goes is exported
-            prune_half(program, run, export=norm_axes == has_norms)
+            prune_half(program, run, export=export and norm_axes == has_norms)
         except Exception as error:  # a race counts whatever goes wrong
             run.failure = said(error)
     return {"runs": [asdict(run) for run in runs]}
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="architectures; all of the list by default")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--without-export", action="store_true", help="leave ONNX to a later run, which takes longer")
     parser.add_argument("--publish", action="store_true", help="run nothing, and write the results into the docs")
     arguments = parser.parse_args()
     if arguments.publish:
@@ -140,7 +145,12 @@ def main() -> None:
     torch.set_num_threads(1)
     import_timm()  # once, for the processes of all networks
     names = arguments.names or (*CONVOLUTIONAL, *FIXED)
-    run_each(names, arguments.results, race, cpu_seconds=CPU_SECONDS, again=arguments.again)
+    export = not arguments.without_export
+
+    def stands(result: Result) -> bool:
+        return not arguments.again and (not export or "failure" in result or is_exported(result))
+
+    run_each(names, arguments.results, partial(race, export=export), cpu_seconds=CPU_SECONDS, stands=stands)
 
 
 if __name__ == "__main__":

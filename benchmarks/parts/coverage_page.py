@@ -33,6 +33,8 @@ def _lines(ours: dict[str, Result], theirs: dict[str, Result]) -> Iterator[str]:
         f"- Left of the parameters, at the median: {_median(without):.2f} for the {len(without)} networks that no norm "
         f"holds back; {held:.2f} for the {len(with_norms)} others, and {freed:.2f} with norm axes."
     )
+    if left := [name for name in passed if not is_exported(ours[name])]:
+        yield f"- Not exported yet, of those that pass: {len(left)}."
     if missing := [name for name in listed if name not in ours]:
         yield f"- Not run: {', '.join(missing)}."
     yield ""
@@ -49,11 +51,17 @@ def failure(result: Result) -> str:
     return next((str(run["failure"]) for run in result["runs"] if run["failure"]), "")
 
 
+def is_exported(result: Result) -> bool:
+    """Whether its export was tried; of two runs the last is exported, and what has no ONNX form has a remark."""
+    return any(run["exported"] or run["remark"] or run["failure"] for run in result["runs"])
+
+
 def _cells(result: Result) -> list[str]:
     runs = result.get("runs", [])
     errors = [run["error"] for run in runs if run["error"] is not None]
     unknown = sorted({name for run in runs for name in run["unknown"]})
     remarks = [f"**fails**: {failure(result)}"] if failure(result) else [run["remark"] for run in runs if run["remark"]]
+    remarks += [] if failure(result) or is_exported(result) else ["export not run"]
     remarks += [f"no rule: {', '.join(unknown)}"] if unknown else []
     return [
         str(max((run["groups"] for run in runs), default="")),

@@ -19,19 +19,25 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def run_each(
-    names: Iterable[str], path: Path, work: Callable[[str], Result], *, cpu_seconds: int, again: bool = False
+    names: Iterable[str],
+    path: Path,
+    work: Callable[[str], Result],
+    *,
+    cpu_seconds: int,
+    stands: Callable[[Result], bool] = lambda result: True,
 ) -> None:
-    """Add a result to a file for each network that has none in it; several runs may share the file.
+    """Add a result to a file for each network that has none in it that stands; several runs may share the file.
 
     Args:
         work: runs in a process of its own and gives what is to be kept of a network. Whatever it raises, and also the
             end of the process, is kept as a "failure".
         cpu_seconds: of that process, after which it is ended.
-        again: also for the networks that have a result.
+        stands: whether an earlier result stands; all do by default.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if again or name not in read_results(path):
+        earlier = read_results(path).get(name)
+        if earlier is None or not stands(earlier):
             result = {"network": name, **_in_a_process(name, work, cpu_seconds)}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")

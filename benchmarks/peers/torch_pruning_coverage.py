@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import_timm()  # once, for the processes of all networks
     names = arguments.names or (*CONVOLUTIONAL, *FIXED)
-    run_each(names, arguments.results, race, cpu_seconds=arguments.seconds, again=arguments.again)
+    run_each(names, arguments.results, race, cpu_seconds=arguments.seconds, stands=lambda result: not arguments.again)
 
 
 if __name__ == "__main__":
