@@ -1,6 +1,7 @@
 """ONNX files as programs, end to end: equal to ONNX Runtime, free in the batch, trainable, and written again."""
 
 import warnings
+from functools import cache
 
 import numpy as np
 import onnx
@@ -55,10 +56,15 @@ def exported(tmp_path_factory):
     return path_of
 
 
+@pytest.fixture(scope="module")
+def imported(exported):
+    """The program of that file, made once; it must not be edited."""
+    return cache(lambda name: import_onnx(exported(name)))
+
+
 @pytest.mark.parametrize("name", sorted(toys.TOYS))
-def test_what_we_export_comes_back_whole(name, exported, tmp_path):
-    path = exported(name)
-    program = import_onnx(path)
+def test_what_we_export_comes_back_whole(name, exported, imported, tmp_path):
+    path, program = exported(name), imported(name)
     assert program.signature.batch_axis == "batch", program.history[0]
     for batch in (1, 2, 7):
         assert_same(program, path, toys.TOYS[name].example(batch))
@@ -74,8 +80,8 @@ def test_what_we_export_comes_back_whole(name, exported, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(toys.TOYS))
-def test_an_imported_program_can_be_trained(name, exported):
-    program = import_onnx(exported(name))
+def test_an_imported_program_can_be_trained(name, imported):
+    program = imported(name).copy()
     inputs = named(program, toys.TOYS[name].example(8))
     program.train()
     parameters = dict(program.named_parameters())
