@@ -55,7 +55,9 @@ class Checkpoints:
             ConfigError: there are checkpoints, and `resume` is False; or none of them can be read.
         """
         folder = output_directory(self.folder)
-        files = sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        for unfinished in folder.glob(".*.safetensors.*.part"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
+        files = _files(folder)
         if files and not self.resume:
             raise ConfigError(f"{folder} has checkpoints already ({files[0].name}). Resume, or give another folder.")
         for path in files:
@@ -90,7 +92,7 @@ class Checkpoints:
             told["best"] = {"step": best["step"], "value": best["value"], "file": file}
         path = folder / f"step-{step:08}.safetensors"
         write_state(path, told)
-        files = sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        files = _files(folder)
         for old in files[self.keep :]:
             old.unlink(missing_ok=True)
         self._remove_older_best(folder, files[: self.keep])
@@ -140,6 +142,11 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise DataError(f"{path} has format {given['format']}, and this version reads {_FORMAT}.")
     return state
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def _best_of(path: Path) -> str | None:
