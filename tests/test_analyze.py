@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def data(tmp_path):
     return write_npz(tmp_path / "data.npz", image=images(32))
 
 
+@cache
 def outlying():
     """A program with one channel that is 64 times the others."""
     torch.manual_seed(0)

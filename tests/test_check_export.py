@@ -1,6 +1,7 @@
 """What the check of an ONNX file against its program finds, and what it lets pass."""
 
 import errno
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class Net(nn.Module):
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@cache
 def program_of(*, quantized=False, outputs=5):
     torch.manual_seed(0)
     program = capture(Net(outputs), X[:1])
@@ -150,6 +152,7 @@ class Scores(nn.Module):
         return torch.sqrt(torch.sigmoid(self.fc(y)) * torch.sigmoid(20 * x[:, 0].flatten(1) - 8))
 
 
+@cache
 def scores_program():
     torch.manual_seed(0)
     return capture(Scores(), X[:1])
