@@ -207,6 +207,6 @@ def test_what_was_found_in_a_file_is_quantized_and_written_again(case, dynamo, t
             program(sample), torch.from_numpy(runtime(path, sample.numpy())[0]), rtol=1e-5, atol=1e-5
         )
     # A target that computes the products of attention in integers has it spelled out again.
-    for written in (program, program if dynamo else quantize(program, calibration=[x], target="tensorrt")):
+    for written in [program] if dynamo else [program, quantize(program, calibration=[x], target="tensorrt")]:
         export_onnx(written, again)
         assert check_export(written, again, x).largest_code_difference <= 1
