@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -48,13 +49,9 @@ def _package_text(name: str) -> str:
     return files("slimgraph.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def render(template: str, **content: Any) -> str:
-    """HTML text of a page. It asks for nothing from outside, and its own policy forbids it to.
-
-    Args:
-        template: name of a file beside this one.
-        content: what it speaks of.
-    """
+@cache
+def _environment() -> jinja2.Environment:
+    """What knows our templates and words; a template is compiled once a process."""
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FunctionLoader(_package_text),
@@ -67,8 +64,19 @@ def render(template: str, **content: Any) -> str:
         environment.filters[write.__name__] = write
     environment.filters.update(bar=_bar, breakable=_breakable, inline=_inline, with_options=_with_options)
     environment.tests["finite"] = lambda value: value is not None and math.isfinite(value)
+    return environment
+
+
+def render(template: str, **content: Any) -> str:
+    """HTML text of a page. It asks for nothing from outside, and its own policy forbids it to.
+
+    Args:
+        template: name of a file beside this one.
+        content: what it speaks of.
+    """
     script = _package_text("page.js")
-    page = environment.get_template(template).render(
+    known = _environment()
+    page = known.get_template(template).render(
         style=Markup(_package_text("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
