@@ -176,6 +176,13 @@ def test_ratios_that_contradict_each_other_name_the_group():
         removed_by_ratios(groups, scores, {"a": 0.5, "b": 0.25})
     assert len(removed_by_ratios(groups, scores, {"a": 0.5, "b": 0.5})["a.weight:0"]) == 4
     assert matching(groups, "c") == ()  # it makes the output, which stays
+    with pytest.raises(ConfigError, match=r"'c' has the ratio 0\.5, but what it makes stays whole: output"):
+        removed_by_ratios(groups, scores, {"c": 0.5})
+    assert groups.fixed == {"c": ("output",)}
+    with pytest.raises(ConfigError, match="'a' protect it"):
+        removed_by_ratios(groups, scores, {"a": 0.5}, skip="a")  # a single pattern needs no list
+    with pytest.raises(ConfigError, match="multiple_of is 0"):
+        removed_by_ratios(groups, scores, {"a": 0.5}, multiple_of=0)
     with pytest.raises(UnknownNameError, match="selects no group"):
         removed_by_ratios(groups, scores, {"d": 0.5})
     with pytest.raises(ConfigError, match=r"in \[0, 1\)"):

@@ -79,12 +79,16 @@ def test_any_criterion_decides(program, criterion):
 
 def test_parameters_can_be_what_counts(program):
     plan = plan_pruning(program, flops_removed=0.5, by="parameters")
-    assert count(apply_pruning(program, plan)).parameters <= 0.5 * count(program).parameters
+    left = count(apply_pruning(program, plan)).parameters / count(program).parameters
+    assert left <= 0.5
+    assert plan.reached == pytest.approx(1 - left)
 
 
 def test_wrong_requests_say_what_is_wanted(program, module):
     with pytest.raises(ConfigError, match="one of the two"):
         plan_pruning(program)
+    with pytest.raises(ConfigError, match="one of the two"):
+        plan_pruning(program, ratios={})
     with pytest.raises(ConfigError, match="one of the two"):
         plan_pruning(program, flops_removed=0.5, ratios={"stem": 0.5})
     with pytest.raises(UnknownNameError, match="stem"):

@@ -38,11 +38,16 @@ def groups(model: ModelArgument, given: ModelOptions, norm_axes: NormAxes = Fals
         cells = (group.name, str(group.size), str(len(group.members)), _some(group.makers), _some(readers))
         shown.add_row(*map(Text, cells))
     return Answer(
-        data={"model": model, "groups": found.groups, "kept": found.kept, "unknown": found.unknown},
+        data={
+            "model": model,
+            "groups": found.groups,
+            "kept": found.kept,
+            "fixed": found.fixed,
+            "unknown": found.unknown,
+        },
         shown=(
             shown,
-            *(Text(f"{layer} stays whole: {'; '.join(reasons)}.") for layer, reasons in found.kept.items()),
-            *(Text(f"{value}: there is no rule for {operator}.") for value, operator in found.unknown.items()),
+            *map(Text, found.told()),
         ),
     )
 

@@ -70,20 +70,29 @@ def without(groups: Groups, skip: Sequence[str]) -> tuple[Group, ...]:
     Raises:
         UnknownNameError, ConfigError: as `matching`.
     """
-    protected = {group.name for pattern in skip for group in matching(groups, pattern)}
+    protected = {group.name for pattern in _patterns(skip) for group in matching(groups, pattern)}
     return tuple(group for group in groups.groups if group.name not in protected)
+
+
+def _patterns(skip: Sequence[str]) -> Sequence[str]:
+    return [skip] if isinstance(skip, str) else skip  # a single one, and not its letters
 
 
 def steps(groups: Groups, group: Group, multiple_of: int) -> int:
     """Of what number the indices that stay are to be a multiple, so that the axes of the members are of another.
 
     An index of a head stands for all channels of that head: where those are a multiple already, heads go one by one.
+
+    Raises:
+        ConfigError: `multiple_of` is below 1.
     """
+    if multiple_of < 1:
+        raise ConfigError(f"multiple_of is {multiple_of}; give at least 1.")
     atom = groups.atoms[group.name]
     block = 0
-    nodes = {str(node.target): node for node in groups.traced.program.graph.find_nodes(op="get_attr")}
+    traced = groups.traced
     for member in group.members:
-        for each in _blocks(groups.traced.of(nodes[member.parameter])[member.axis], atom):
+        for each in _blocks(traced.of(traced.stored[member.parameter])[member.axis], atom):
             block = math.gcd(block, each)
     return multiple_of // math.gcd(multiple_of, max(block, 1))
 
@@ -145,7 +154,7 @@ def removed_by_ratios(
         selected = matching(groups, pattern)
         chosen = [group for group in selected if group.name in free]
         if ratio and not chosen:
-            reason = f"{', '.join(map(repr, skip))} protect it" if selected else "something behind it needs all of it"
+            reason = f"{', '.join(map(repr, _patterns(skip)))} protect it" if selected else _why_fixed(groups, pattern)
             raise ConfigError(
                 f"{pattern!r} has the ratio {ratio}, but what it makes stays whole: {reason}. Leave it out; "
                 "`slimgraph groups MODEL` lists what can be pruned."
@@ -162,6 +171,12 @@ def removed_by_ratios(
         for name, (_, ratio) in wanted.items()
         if (count := count_removed(groups[name].size, ratio, steps(groups, groups[name], multiple_of)))
     }
+
+
+def _why_fixed(groups: Groups, pattern: str) -> str:
+    matches = name_test(pattern)
+    found = {reason: None for layer, reasons in groups.fixed.items() if matches(layer) for reason in reasons}
+    return "; ".join(found) or "something behind it needs all of it"
 
 
 def lowest(scores: Tensor, count: int) -> tuple[int, ...]:
@@ -203,8 +218,6 @@ def allocate(
     """
     if not 0 < wanted < 1:
         raise ConfigError(f"The part of the {called} to remove is {wanted}; give a number between 0 and 1.")
-    if multiple_of < 1:
-        raise ConfigError(f"multiple_of is {multiple_of}; give at least 1.")
     if strategy not in _STRATEGIES:
         raise ConfigError(f"There is no allocation {strategy!r}. {closest(strategy, _STRATEGIES)}")
     if (losses is not None) != (strategy == "sensitive"):
@@ -323,7 +336,7 @@ def _unreachable(
 ) -> str:
     bounds = [f"{len(free)} of {len(groups.groups)} groups may lose indices"]
     if skip:
-        bounds.append(f"{', '.join(map(repr, skip))} protect the others")
+        bounds.append(f"{', '.join(map(repr, _patterns(skip)))} protect the others")
     if groups.kept:
         bounds.append(f"{len(groups.kept)} layers stay whole ({', '.join([*groups.kept][:3])}, …)")
     if multiple_of > 1:

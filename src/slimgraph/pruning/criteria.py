@@ -140,16 +140,26 @@ def score_groups(
     for group in groups.groups:
         # A scale is asked for by its layer, wherever the master stands.
         places = _places(groups, group, master=master and criterion != "bn_scale")
-        made = torch.as_tensor(measure(group, _rows(tensors, places))).detach().double().cpu()
-        if made.shape != (group.size,) or not bool(made.isfinite().all()):
-            raise ConfigError(
-                f"The criterion {_told(criterion)} gave {list(made.shape)} scores for the group {group.name!r} of "
-                f"{group.size} indices, {'some of which are not finite' if made.numel() else 'none'}. Give one finite "
-                "number for each index."
-            )
+        made = _checked(measure(group, _rows(tensors, places)), group, criterion)
         mean = made.mean()
         scores[group.name] = made / mean if float(mean) > 0 else made
     return scores
+
+
+def _checked(made: Any, group: Group, criterion: str | Criterion) -> Tensor:
+    """Scores as float64, one finite number for each index."""
+    try:
+        scores = torch.as_tensor(made).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        wrong = f"an object of type {type(made).__name__}"
+    else:
+        if scores.shape == (group.size,) and bool(scores.isfinite().all()):
+            return scores
+        wrong = "scores that are not finite" if scores.shape == (group.size,) else f"scores of shape {[*scores.shape]}"
+    raise ConfigError(
+        f"The criterion {_told(criterion)} gave {wrong} for the group {group.name!r} of {group.size} indices. Give one "
+        "finite number for each index."
+    )
 
 
 def _told(criterion: str | Criterion) -> str:

@@ -55,6 +55,8 @@ class Groups:
     groups: tuple[Group, ...]
     kept: Mapping[str, tuple[str, ...]]
     """Layers with weights of which nothing can be pruned, and why."""
+    fixed: Mapping[str, tuple[str, ...]]
+    """Layers all of whose outputs stay, and why; what they read may be pruned."""
     unknown: Mapping[str, str]
     """Values of operators without a rule, and the operator."""
     traced: Traced
@@ -76,9 +78,20 @@ class Groups:
             for group in self.groups
         ]
         lines = [text_table(("group", "indices", "tensors", "layers"), rows)]
-        lines += [f"{layer} stays whole: {'; '.join(reasons)}." for layer, reasons in self.kept.items()]
-        lines += [f"{value}: there is no rule for {operator}." for value, operator in self.unknown.items()]
+        lines += self.told()
         return "\n".join(lines)
+
+    def told(self) -> list[str]:
+        """A sentence on each layer that stays as it is, or keeps its outputs, and on each operator without a rule."""
+        return [
+            *(f"{layer} stays whole: {'; '.join(reasons)}." for layer, reasons in self.kept.items()),
+            *(
+                f"{layer} keeps its outputs: {'; '.join(reasons)}."
+                for layer, reasons in self.fixed.items()
+                if layer not in self.kept
+            ),
+            *(f"{value}: there is no rule for {operator}." for value, operator in self.unknown.items()),
+        ]
 
 
 def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
@@ -95,6 +108,7 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
     readers: dict[Atom, dict[str, None]] = defaultdict(dict)
     makers: dict[Atom, dict[str, None]] = defaultdict(dict)
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    outputs: dict[str, dict[str, None]] = defaultdict(dict)
     seen: set[tuple[int, int]] = set()
     for node in program.graph.find_nodes(op="get_attr"):
         tensor = edit.constant_of(program.graph_module, node)
@@ -115,6 +129,9 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
                     if trained and tensor.dim() > 1 and atom.size > 1:
                         for owner in owners:
                             reasons[owner].update(dict.fromkeys(sorted(atom.pins)))
+                        for owner, made in making:
+                            if made == axis:
+                                outputs[owner].update(dict.fromkeys(sorted(atom.pins)))
                     continue
                 readers[atom].update(dict.fromkeys(owners))
                 makers[atom].update(dict.fromkeys(owner for owner, made in making if made == axis))
@@ -140,7 +157,9 @@ def find_groups(program: Program, *, norm_axes: bool = False) -> Groups:
         )
     pruned = {layer for group in groups for layer in group.layers}
     kept = {layer: tuple(why) for layer, why in reasons.items() if layer not in pruned}
-    return Groups(groups=tuple(groups), kept=kept, unknown=traced.unknown, traced=traced, atoms=found)
+    makes = {layer for group in groups for layer in group.makers}
+    fixed = {layer: tuple(why) for layer, why in outputs.items() if layer not in makes}
+    return Groups(groups=tuple(groups), kept=kept, fixed=fixed, unknown=traced.unknown, traced=traced, atoms=found)
 
 
 def _gather_units(traced: Traced) -> None:

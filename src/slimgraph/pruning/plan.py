@@ -44,6 +44,8 @@ class PruningPlan:
     """The indices that stay, by tensor and axis, in order; tensors and axes that stay whole are left out."""
     norm_axes: bool = False
     """Whether axes may be among them that a layer or group norm runs over."""
+    reached: float | None = None
+    """The part of the cost that goes, where a part of one was asked for: indices are whole, so it is a little more."""
 
     def table(self) -> str:
         """A line for each group."""

@@ -69,32 +69,31 @@ def plan_pruning(
         DataError: the sensitivities are of another program, or not whole.
     """
     require_program(program)
-    if (flops_removed is None) == (ratios is None):
+    if (flops_removed is None) == (not ratios):
         raise ConfigError("Give flops_removed, a part of the whole cost, or ratios by layer: one of the two.")
     found = groups if groups is not None else find_groups(program, norm_axes=norm_axes)
     losses = None if sensitivity is None else _losses(sensitivity, program, criterion)
     free = dataclasses.replace(found, groups=without(found, skip))
     scores = score_groups(program, free, criterion, data=data, loss=loss, seed=seed, master=master)
-    if ratios is not None:
-        removed: Mapping[str, tuple[int, ...]] = removed_by_ratios(
-            found, scores, ratios, skip=skip, multiple_of=multiple_of
-        )
-    else:
-        assert flops_removed is not None
-        removed = allocate(
-            found,
-            scores,
-            _cost(found, by, threads),
-            flops_removed,
-            strategy=allocation,
-            skip=skip,
-            multiple_of=multiple_of,
-            floor=floor,
-            losses=losses,
-            rule=rule,
-            called=_CALLED[by],
-        ).removed
-    return plan_removal(found, removed, norm_axes=norm_axes)
+    if ratios:
+        removed = removed_by_ratios(found, scores, ratios, skip=skip, multiple_of=multiple_of)
+        return plan_removal(found, removed, norm_axes=norm_axes)
+    assert flops_removed is not None
+    allocated = allocate(
+        found,
+        scores,
+        _cost(found, by, threads),
+        flops_removed,
+        strategy=allocation,
+        skip=skip,
+        multiple_of=multiple_of,
+        floor=floor,
+        losses=losses,
+        rule=rule,
+        called=_CALLED[by],
+    )
+    plan = plan_removal(found, allocated.removed, norm_axes=norm_axes)
+    return dataclasses.replace(plan, reached=allocated.reached)
 
 
 _CALLED = {"macs": "FLOPs", "parameters": "parameters", "memory": "bytes of weights", "latency": "latency"}
