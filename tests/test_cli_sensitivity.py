@@ -51,6 +51,9 @@ def test_the_numbers_and_a_page_are_written_and_prune_goes_by_them(model, data, 
     assert "stem.<wbr>0.<wbr>weight:<wbr>0" in page
     assert page.count("<svg") == 1
     assert "25 % gone" in page
+    assert "Without 50 % of one group" in page
+    assert page.count(" is <code>") == 2  # both curves have a name, and of two none stands out
+    assert "stand out" not in page
     pruned = tmp_path / "pruned"
     options = ("--sensitivity", out, "--multiple-of", 1, "--flops-removed", 0.3)
     told = answer("prune", model, "--out", pruned, *options)

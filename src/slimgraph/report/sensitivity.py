@@ -1,11 +1,13 @@
 """The page of a sensitivity table: a curve for each group, and the numbers."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from slimgraph.files import write_text
@@ -15,7 +17,7 @@ from slimgraph.report.plots import ACCENT, MUTED, WARNING, figure_of, style, svg
 from slimgraph.report.words import percent
 
 _SENSITIVE = 3
-"""Curves that are drawn in the colour of warnings; their names lead the table."""
+"""Curves at most that stand out, with their numbers in the table; more could not be told apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,42 +63,60 @@ class SensitivityReport:
         return tuple(sorted(self.curves, key=lost, reverse=True))
 
     @property
+    def outstanding(self) -> tuple[Curve, ...]:
+        """The most sensitive of many, or all of a few."""
+        return self.ranked[:_SENSITIVE]
+
+    @property
     def headline(self) -> str:
         """The finding in a sentence."""
         if not self.curves:
             return "Nothing was measured"
         worst = self.ranked[0]
         ratio = min(worst.losses, key=lambda ratio: abs(ratio - 0.5))
+        part, lost = f"{100 * ratio:.0f} %", percent(worst.losses[ratio])
+        if len(self.curves) == 1:
+            return f"Without {part} of {worst.name}, {lost} of {self.metric} is lost"
         free = sum(curve.losses.get(ratio, 1.0) <= 0.01 for curve in self.curves)
         return (
-            f"Without {ratio:.0%} of one group, {free} of {len(self.curves)} groups lose at most 1 % of {self.metric}; "
-            f"{worst.name} loses the most, {percent(worst.losses[ratio])}"
+            f"Without {part} of one group, {free} of {len(self.curves)} groups {'loses' if free == 1 else 'lose'} at "
+            f"most 1 % of {self.metric}; {worst.name} loses the most, {lost}"
         )
 
 
 def draw_curves(report: SensitivityReport, *, name: str) -> str:
-    """SVG of all curves, those of the most sensitive groups in the colour of warnings."""
+    """SVG of all curves; those that stand out have their numbers in the table at their ends."""
     with style(name):
         figure, axes = figure_of(9.6, 3.2)
-        ranked = report.ranked
-        for curve in reversed(ranked):  # the most sensitive lie on top
-            warned = curve in ranked[:_SENSITIVE]
+        for curve in reversed(report.ranked):  # the most sensitive lie on top
+            stands_out = curve in report.outstanding
             axes.plot(
                 [0.0, *curve.losses],
                 [0.0, *curve.losses.values()],
-                color=WARNING if warned else MUTED,
-                linewidth=1.6 if warned else 0.7,
+                color=WARNING if stands_out else MUTED,
+                linewidth=1.6 if stands_out else 0.7,
                 marker="o",
-                markersize=3 if warned else 1.5,
+                markersize=3 if stands_out else 1.5,
             )
         axes.axhline(0, color=ACCENT, linewidth=0.8)
-        axes.set_xlim(0, max(report.ratios, default=1.0) * 1.02)
+        axes.set_xlim(0, max(report.ratios, default=1.0) * 1.03)
+        _number_ends(axes, report.outstanding)
         axes.set_xlabel("part of one group that is gone")
         axes.set_ylabel("part of the metric that is lost")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         return svg_of(figure, name)
+
+
+def _number_ends(axes: Axes, curves: tuple[Curve, ...]) -> None:
+    """Write 1, 2, … behind the last points, one below the other where these are close."""
+    low, high = axes.get_ylim()
+    ends = [(*list(curve.losses.items())[-1], str(number)) for number, curve in enumerate(curves, 1)]
+    height = math.inf
+    for ratio, loss, number in sorted(ends, key=lambda end: end[1], reverse=True):
+        height = min(loss, height - 0.07 * (high - low))
+        axes.annotate(number, (ratio, height), (6, 0), textcoords="offset points", color=WARNING, va="center")
 
 
 def write_sensitivity(report: SensitivityReport, path: str | os.PathLike[str], *, data_file: str) -> None:
@@ -110,5 +130,5 @@ def write_sensitivity(report: SensitivityReport, path: str | os.PathLike[str], *
     drawing = Markup(draw_curves(report, name="curves"))  # no text of the model is in it
     write_text(
         path,
-        render("sensitivity.html.j2", report=report, data_file=data_file, drawing=drawing, warned=_SENSITIVE),
+        render("sensitivity.html.j2", report=report, data_file=data_file, drawing=drawing),
     )
