@@ -1,0 +1,1 @@
+"""The Compressor of the documents: strategies from a YAML file, over one training."""
