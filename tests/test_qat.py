@@ -335,6 +335,24 @@ def test_optimizers_do_not_pull_learned_steps_to_zero(program, plan, images):
     assert len(weights["params"]) + len(steps["params"]) == len(names)
 
 
+def test_learned_steps_change_no_faster_than_weights_where_gradients_are_normalized(program, plan, images):
+    qat = prepare_qat(program, plan, weight_quantize_type="lsq", activation_quantize_type="lsq")
+    began = {name: p.detach().clone() for name, p in qat.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(qat, learning_rate=1e-3, normalized=True))
+    for batch in images[:4]:
+        optimizer.zero_grad()
+        qat(batch).square().mean().backward()
+        optimizer.step()
+    change = {
+        name: ((p.detach() - began[name]).abs().sum() / began[name].abs().sum()).item()
+        for name, p in qat.named_parameters()
+        if p.dim() > 1 or name.endswith(".step")
+    }
+    steps = [part for name, part in change.items() if name.endswith(".step")]
+    weights = [part for name, part in change.items() if not name.endswith(".step")]
+    assert 0 < max(steps) < 3 * max(weights)
+
+
 @pytest.mark.parametrize("pact", [Pact(), PACT_LAYERS, Pact(alpha=0.5)])
 def test_clipping_levels_are_learned_with_their_own_rate_and_only_bound_the_range(pact, program, plan, images):
     qat = prepare_qat(program, plan, pact=pact)

@@ -104,10 +104,41 @@ def test_ranges_and_statistics_are_still_in_the_last_quarter(program, images):
             state = run.program.state_dict()
             seen.append((state["1.running_mean"].clone(), state["quantizers.input.interval"].clone()))
 
-    train_quantized(program, images, epochs=2, hooks=[Watch()], freeze_ranges_at=0.5)
+    followed = {"activation_quantize_type": "moving_average"}
+    train_quantized(program, images, epochs=2, hooks=[Watch()], freeze_ranges_at=0.5, **followed)
     changed = [[not torch.equal(*pair) for pair in zip(*two, strict=True)] for two in pairwise(seen)]
     assert [statistics for statistics, _ in changed] == [True] * 5 + [False] * 2
     assert [ranges for _, ranges in changed] == [True] * 3 + [False] * 4
+
+
+class Groups(Hook):
+    """Notes what the optimizer was made with."""
+
+    def begin(self, run):
+        self.rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+        self.made = type(run.optimizer).__name__
+
+
+@pytest.mark.parametrize(("bits", "rate"), [({"weight_bits": 4}, 0.01), ({"activation_bits": 4}, 0.01), ({}, 0.001)])
+def test_steps_are_learned_by_descent_whose_rate_fits_the_bits(bits, rate, program, images):
+    seen = Groups()
+    train_quantized(program, images, steps=1, target="simulate", schedule=None, hooks=[seen], **bits)
+    assert seen.made == "SGD"
+    assert seen.rates == {"weights": rate, "steps": rate}
+
+
+def test_an_optimizer_that_normalizes_gradients_gives_each_step_a_rate_of_its_size(program, images):
+    seen = Groups()
+    train_quantized(program, images, steps=1, schedule=None, optimizer="AdamW", hooks=[seen])
+    assert seen.rates["weights"] == 5e-4
+    assert seen.rates["steps"] < 1e-4  # steps of 8 bits are far smaller than weights
+
+
+def test_few_bits_of_activations_begin_with_ranges_of_least_squared_error(program, images):
+    few = {"target": "simulate", "activation_bits": 3, "steps": 0}
+    usual, chosen = (train_quantized(program, images, **few, **more) for more in ({}, {"algorithm": "mse"}))
+    assert equal(usual, chosen)
+    assert not equal(usual, train_quantized(program, images, **few, algorithm="min_max"))
 
 
 def test_what_is_trained_can_be_exported_while_training_goes_on(program, images, tmp_path):

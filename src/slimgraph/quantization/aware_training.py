@@ -23,7 +23,7 @@ from slimgraph.quantization.post_training import Remembering
 from slimgraph.quantization.preparation import prepare_and_plan
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
-from slimgraph.quantization.reach import with_best_reach
+from slimgraph.quantization.reach import NARROW_BITS, with_best_reach
 from slimgraph.training.answers import answering
 from slimgraph.training.batch import Batch
 from slimgraph.training.data import open_data
@@ -43,8 +43,18 @@ CALIBRATION_SAMPLES = 256
 JUDGED_SAMPLES = 1024
 """Samples of the training data on which candidates are judged where there are no others."""
 
-LEARNING_RATE = 1e-4
-"""A tenth of what AdamW trains a network from nothing with."""
+LEARNING_RATES = {"narrow": 0.01, "wide": 0.001}
+"""Of descent with momentum, where weights or activations have few bits and where they have not, as in the source of
+learned steps (Esser et al., section 3.1), whose gradients are scaled for it. docs/benchmarks.md has what it reaches."""
+
+ADAPTIVE_LEARNING_RATE = 5e-4
+"""Of an optimizer that normalizes gradients: half of what AdamW trains a network from nothing with."""
+
+_PLAIN_DESCENT = ("SGD", "ASGD")
+"""Optimizers whose updates grow with the gradients."""
+
+NARROW_ALGORITHM = "mse"
+"""Chooses ranges of activations with few bits: the extent of all elements wastes codes on the largest ones."""
 
 
 class FreezeLate(Hook):
@@ -82,20 +92,20 @@ def train_quantized(
     epochs: int | None = None,
     steps: int | None = None,
     loss: str | Loss | None = None,
-    optimizer: str | tuple[str, Mapping[str, Any]] = ("AdamW", {"lr": LEARNING_RATE}),
+    optimizer: str | tuple[str, Mapping[str, Any]] | None = None,
     schedule: ScheduleSpec | None = ("cosine", {"warmup": 0.05}),
     evaluate: str | Iterable[Any] | Judge | None = None,
     metric: str | Metric = "top1",
     evaluate_every: int | None = None,
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
-    algorithm: str = DEFAULT_ALGORITHM,
+    algorithm: str | None = None,
     skip: Sequence[str] = (),
     operators: Sequence[str] | None = None,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
-    weight_quantize_type: WeightRange = "channel_wise_abs_max",
-    activation_quantize_type: ActivationRange = "moving_average",
+    weight_quantize_type: WeightRange = "lsq",
+    activation_quantize_type: ActivationRange | None = None,
     window_size: int = WINDOW_SIZE,
     moving_rate: float = MOVING_RATE,
     pact: Pact | None = None,
@@ -120,19 +130,24 @@ def train_quantized(
     Args:
         program: a float program, in the form in which it was trained: batch norms not folded. It stays as it is.
         data: batches for training, as `fit` takes them, or a specification of them (`open_data`); read several times.
+            Give them as the float program saw them in training, in another order each time and augmented likewise.
         epochs, steps: how long; a fifth of the original training is plenty.
         loss: as for `fit`. None is cross entropy where there are labels of classes, and where there are no labels the
             imitation of the float program (`imitate`).
         optimizer: a class of `torch.optim`, with arguments. Rates of a tenth to a twentieth of the original training's
-            are right. Steps and offsets that are learned are spared its weight decay.
+            are right. Steps and offsets that are learned are spared its weight decay, and change as much as weights do,
+            relative to the size of both (`parameter_groups`). None is SGD with momentum 0.9, at 0.01 where weights or
+            activations have few bits, and otherwise at 0.001.
         schedule: as for `fit`.
         evaluate: labelled batches, or a specification of them, for `metric`; or a function from the quantized program
             to a number, higher being better. None judges by the loss over the first 1024 samples of `data`.
         evaluate_every: steps from one evaluation to the next; None evaluates at the end of each epoch.
         calibration: batches of inputs for the first ranges; None takes the first 256 samples of `data`.
-        target, algorithm, skip, operators, weight_bits, activation_bits: as for `quantize`.
+        target, skip, operators, weight_bits, activation_bits: as for `quantize`.
+        algorithm: as for `quantize`. None is "mse" where activations have few bits, and otherwise the usual one.
         weight_quantize_type, activation_quantize_type, window_size, moving_rate, pact, output_scales: as for `insert`.
-            One range for a whole weight also plans so.
+            One range for a whole weight also plans so. Activations are of type "lsq" unless something else is said:
+            the others follow extremes, away from ranges that were chosen well. With `pact` it is "moving_average".
         freeze_ranges_at, freeze_statistics_at: the part of the training after which ranges, and the statistics of batch
             norms, stay as they are; None never.
         clip, accumulate, mixed_precision, best_path, seed, progress: as for `fit`; the file is of the rounded program.
@@ -158,9 +173,16 @@ def train_quantized(
         activation_bits=activation_bits,
         weight_per_channel=weight_quantize_type in PER_CHANNEL,
     )
+    coarse = any(activation.scheme.bits <= NARROW_BITS for activation in plan.activations)
+    if algorithm is None:
+        algorithm = NARROW_ALGORITHM if coarse else DEFAULT_ALGORITHM
+    narrow = coarse or any(weight.scheme.bits <= NARROW_BITS for weight in plan.weights)
+    usual_rate = LEARNING_RATES["narrow" if narrow else "wide"]
+    if optimizer is None:
+        optimizer = ("SGD", {"lr": usual_rate, "momentum": 0.9})
     range_algorithm(algorithm)
     require_length(epochs, steps)
-    groups = _groups(optimizer, pact)
+    groups = _groups(optimizer, pact, usual_rate)
     make_schedule(schedule, make_optimizer(optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], {}), steps or 1)
     late = FreezeLate(ranges_at=freeze_ranges_at, statistics_at=freeze_statistics_at)
     kept = [KeepMasks(masks_of_zeros(program))] if sparse_model else []
@@ -183,7 +205,7 @@ def train_quantized(
             plan,
             repaired=repaired,
             weight_quantize_type=weight_quantize_type,
-            activation_quantize_type=activation_quantize_type,
+            activation_quantize_type=activation_quantize_type or ("lsq" if pact is None else "moving_average"),
             window_size=window_size,
             moving_rate=moving_rate,
             pact=pact,
@@ -303,16 +325,20 @@ def _mean_loss(program: Program, batches: Iterable[Batch], loss: Loss) -> float:
     return total / samples
 
 
-def _groups(optimizer: str | tuple[str, Mapping[str, Any]], pact: Pact | None) -> Callable[[Program], Groups]:
+def _groups(
+    optimizer: str | tuple[str, Mapping[str, Any]], pact: Pact | None, usual_rate: float
+) -> Callable[[Program], Groups]:
     if not isinstance(optimizer, (str, tuple)):
         raise ConfigError(
             "The optimizer of quantization-aware training is a name of torch.optim, with arguments: the parameters "
             "that it trains do not exist yet."
         )
-    arguments = dict(optimizer[1]) if isinstance(optimizer, tuple) and len(optimizer) == 2 else {}
+    name, arguments = optimizer if isinstance(optimizer, tuple) and len(optimizer) == 2 else (optimizer, {})
+    is_plain = name in _PLAIN_DESCENT
     return partial(
         parameter_groups,
-        learning_rate=arguments.get("lr", LEARNING_RATE),
+        learning_rate=arguments.get("lr", usual_rate if is_plain else ADAPTIVE_LEARNING_RATE),
         weight_decay=arguments.get("weight_decay", 0.0),
         pact=pact,
+        normalized=not is_plain,
     )

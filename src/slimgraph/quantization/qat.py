@@ -1,5 +1,6 @@
 """Quantization-aware training: from a float program and a plan to one that trains as it will be quantized."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -173,37 +174,56 @@ def _shift_norm(program: Program, norm: fx.Node, shift: Tensor) -> None:
 
 
 def parameter_groups(
-    program: Program, *, learning_rate: float, weight_decay: float = 0.0, pact: Pact | None = None
+    program: Program,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    pact: Pact | None = None,
+    normalized: bool = False,
 ) -> list[dict[str, Any]]:
     """The parameters as an optimizer takes them: decay pulls at weights, and not at steps and offsets of quantizers.
 
     Clipping levels have the decay of `pact`, and the learning rate times its multiplier.
+
+    Args:
+        normalized: the optimizer's updates are as large as its rate, whatever the gradient, as Adam's are. That undoes
+            the scale of the gradients of steps, by which plain descent changes steps and weights alike, relative to the
+            size of both; here rates in proportion to the steps do it. Without them Adam at 1e-4 would change a step
+            of 8 bits by several percent at a time.
     """
     chosen = pact or Pact()
-    levels, steps = set[int](), set[int]()
+    levels = set[int]()
+    steps: dict[int, tuple[Tensor, float]] = {}
     for node in program.graph.nodes:
         if node.target is PACT:
-            levels |= _parameters_at(program, node.args[1:2])
+            levels |= {id(level) for level in _parameters_at(program, node.args[1:2])}
         elif node.target is LEARNED_FAKE_QUANTIZE:
-            steps |= _parameters_at(program, node.args[1:3])
-    named = list(program.parameters())
-    groups = [
-        ("weights", [p for p in named if id(p) not in levels | steps], learning_rate, weight_decay),
-        ("steps", [p for p in named if id(p) in steps], learning_rate, 0.0),
-        (
-            "clipping levels",
-            [p for p in named if id(p) in levels],
-            learning_rate * chosen.learning_rate_multiplier,
-            chosen.weight_decay,
-        ),
-    ]
+            learned = _parameters_at(program, node.args[1:3])
+            size = learned[0].detach().abs().mean().item()
+            steps |= {id(tensor): (tensor, size) for tensor in learned}
+    weights = [p for p in program.parameters() if id(p) not in levels | steps.keys()]
+    groups: list[tuple[str, Sequence[Tensor], float, float]] = [("weights", weights, learning_rate, weight_decay)]
+    if normalized:
+        usual = _mean_magnitude(weights)
+        groups += [("steps", [step], learning_rate * size / usual, 0.0) for step, size in steps.values()]
+    else:
+        groups.append(("steps", [step for step, _ in steps.values()], learning_rate, 0.0))
+    rate = learning_rate * chosen.learning_rate_multiplier
+    groups.append(("clipping levels", [p for p in program.parameters() if id(p) in levels], rate, chosen.weight_decay))
     return [
-        {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
+        {"name": name, "params": list(parameters), "lr": rate, "weight_decay": decay}
         for name, parameters, rate, decay in groups
         if parameters
     ]
 
 
-def _parameters_at(program: Program, arguments: tuple[Any, ...]) -> set[int]:
+def _parameters_at(program: Program, arguments: tuple[Any, ...]) -> list[Tensor]:
     tensors = (edit.constant_of(program.graph_module, argument) for argument in arguments)
-    return {id(tensor) for tensor in tensors if tensor is not None}
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _mean_magnitude(parameters: Iterable[Tensor]) -> float:
+    """Of the elements of matrices and kernels."""
+    weights = [p.detach().abs() for p in parameters if p.dim() > 1]
+    elements = sum(weight.numel() for weight in weights)
+    return sum(weight.sum().item() for weight in weights) / max(elements, 1) or 1.0
