@@ -117,8 +117,10 @@ def test_a_function_of_the_rows(two):
         return rows["b.weight:1"][:, 0] + 1
 
     proportional(scores(two, last), [1.0, 3.0, 0.0])
-    with pytest.raises(ConfigError, match="one finite number"):
+    with pytest.raises(ConfigError, match=r"scores of shape \[2\]"):
         scores(two, lambda group, rows: torch.zeros(2))
+    with pytest.raises(ConfigError, match="type NoneType"):
+        scores(two, lambda group, rows: None)
     with pytest.raises(ConfigError, match="not finite"):
         scores(two, lambda group, rows: torch.full((3,), torch.nan))
 
