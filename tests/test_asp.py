@@ -163,3 +163,15 @@ def test_two_of_four_holds_while_a_program_trains():
     check = check_two_four(fitted.program)
     assert check.sparse == ("0.weight", "4.weight")
     assert [row.split()[-1] for row in check.table().splitlines()[2:]] == ["yes", "yes"]
+
+
+def test_integer_weights_are_judged_by_the_numbers_that_they_stand_for():
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.zeros(1, 4, 5, 5))
+    batches = [torch.randn(4, 4, 5, 5)]
+    sparse = slimgraph.quantize(slimgraph.sparsify(program, two_four=True), calibration=batches)
+    assert check_two_four(sparse).sparse == ("0.weight", "2.weight")
+    dense = slimgraph.quantize(program, calibration=batches)
+    assert check_two_four(dense).sparse == ()
+    with pytest.raises(ProgramError, match="Prune the float one"):
+        slimgraph.prune(dense)

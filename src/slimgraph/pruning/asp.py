@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+import slimgraph.program.edit as edit
 from slimgraph.errors import ProgramError
-from slimgraph.program.program import Program
+from slimgraph.program.program import Program, require_program
+from slimgraph.program.qdq import DEQUANTIZE, DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS, is_quantized
 from slimgraph.pruning.weights import Skip, Weight, find_weights
 from slimgraph.pruning.zeros import SparsityPlan
 from slimgraph.table import text_table
@@ -54,10 +57,13 @@ class TwoFourCheck:
 def check_two_four(program: Program) -> TwoFourCheck:
     """Which weights of a program are two of four, by their elements and the operators that read them alone.
 
+    Weights that a quantized program holds in integers are judged by the numbers that these stand for.
+
     Raises:
         ProgramError: the program is none, has no weights, or one with NaN or infinity.
     """
-    found = find_weights(program)
+    require_program(program)
+    found = find_weights(_in_floats(program))
     dense = {weight.name: reason for weight in found.found if (reason := _why_dense(weight))} | dict(found.others)
     checked = []
     for weight in found.found:
@@ -67,6 +73,28 @@ def check_two_four(program: Program) -> TwoFourCheck:
         broken = sum(int((groups.sum(dim=-1) > KEPT).sum()) for groups in live)
         checked.append(CheckedWeight(name=weight.name, groups=sum(map(len, live)), broken=broken))
     return TwoFourCheck(weights=tuple(checked), dense=dense)
+
+
+_DEQUANTIZE = (DEQUANTIZE, DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS)
+
+
+def _in_floats(program: Program) -> Program:
+    """The program with the numbers that its integer weights stand for."""
+    if not is_quantized(program.graph):
+        return program
+    result = program.copy()
+    made: dict[str, fx.Node] = {}
+    for node in [node for node in result.graph.nodes if node.target in _DEQUANTIZE]:
+        if any(source.op != "get_attr" for source in node.all_input_nodes):
+            continue  # a value
+        codes: Any = node.args[0]
+        if codes.target not in made:
+            args = fx.map_arg(node.args, lambda source: edit.constant_of(result.graph_module, source))
+            numbers = node.target(*args, **node.kwargs)
+            made[codes.target] = edit.read_tensor(result, codes.target, numbers, trainable=True)
+        node.replace_all_uses_with(made[codes.target])
+    edit.finish(result)
+    return result
 
 
 def plan_two_four(program: Program, *, skip: Skip = ()) -> SparsityPlan:

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from slimgraph.errors import ConfigError, closest
+from slimgraph.errors import ConfigError, ProgramError, closest
 from slimgraph.program.program import Program, require_program
+from slimgraph.program.qdq import is_quantized
 from slimgraph.pruning.allocate import Strategy, allocate, removed_by_ratios, without
 from slimgraph.pruning.apply import apply_pruning
 from slimgraph.pruning.batch_norm import reestimate_batch_norm
@@ -72,6 +73,11 @@ def plan_pruning(
     if (flops_removed is None) == (not ratios):
         raise ConfigError("Give flops_removed, a part of the whole cost, or ratios by layer: one of the two.")
     found = groups if groups is not None else find_groups(program, norm_axes=norm_axes)
+    if not found.groups and is_quantized(program.graph):
+        raise ProgramError(
+            "The program is quantized: its weights are integers, of which no channels can be removed. Prune the float "
+            "one, and quantize the result."
+        )
     losses = None if sensitivity is None else _losses(sensitivity, program, criterion)
     free = dataclasses.replace(found, groups=without(found, skip))
     scores = score_groups(program, free, criterion, data=data, loss=loss, seed=seed, master=master)
