@@ -11,7 +11,13 @@ from slimgraph.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(text):
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
 LINES = [line for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line.partition(" #")[0] for line in LINES if line.startswith("slimgraph ")]
 LINKS = re.findall(r"\]\(([^)#]+)\)", README)
@@ -34,9 +40,11 @@ def test_every_command_exists_with_its_options(line):
     typer.main.get_command(app).commands[name].make_context(name, arguments)
 
 
-QUANTIZATION = re.findall(
-    r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "quantization.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
-)
+QUANTIZATION = blocks_of((ROOT / "docs" / "quantization.md").read_text("utf-8"))
+
+
+def test_the_python_of_the_page_on_distillation_runs_from_its_top_to_its_end(tmp_path, monkeypatch):
+    run_python(blocks_of((ROOT / "docs" / "distillation.md").read_text("utf-8")), tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
