@@ -57,3 +57,7 @@ def test_learning_to_round_names_them_too(program):
         reconstruct(prepared, plan, batches(float("nan")), steps=1)
     with pytest.raises(DataError, match="batch 2: input 'x'"):
         quantize_weights(program, bits=4, calibration=batches(float("nan")))
+    with pytest.raises(CalibrationError, match=r"NaN or infinity in calibration samples \d+ to \d+ \(counted from 0\)"):
+        reconstruct(prepared, plan, batches(-1.0), steps=1)
+    with pytest.raises(CalibrationError, match=r"NaN or infinity in calibration samples 8 to 15 \(counted from 0\)"):
+        quantize_weights(program, bits=4, calibration=batches(-1.0))

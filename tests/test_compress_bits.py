@@ -9,7 +9,7 @@ from torch import nn
 
 from cli_runs import run
 from slimgraph.auto.pipeline import compress
-from slimgraph.auto.widths import Widths
+from slimgraph.auto.widths import Widths, as_widths
 from slimgraph.deploy.kernels import count_kernels
 from slimgraph.errors import ConfigError, ProgramError
 from slimgraph.program.archive import save_program
@@ -99,6 +99,8 @@ def test_what_cannot_be_reached_is_said_with_what_can(network, tmp_path):
         ({"weights": (4,), "budget": "size=0.2"}, "nothing to decide"),
         ({"budget": "size=0.2"}, "nothing to decide"),
         ({"weights": (1,)}, "bits has 1; give 2 to 16, or 32 for float"),
+        ({"weights": ("8",)}, "bits has '8'"),
+        ({"weights": (8.5,)}, "bits has 8.5"),
         ({"weights": (32,)}, "float only"),
         ({"activations": (8, 32), "budget": "bops=1"}, "activation_bits has 32"),
     ],
@@ -107,6 +109,10 @@ def test_bits_that_make_no_choice_are_refused(given, said):
     budget = budget_of(given.pop("budget")) if "budget" in given else None
     with pytest.raises(ConfigError, match=said):
         Widths(**given, budget=budget)
+
+
+def test_one_number_of_bits_needs_no_list():
+    assert (as_widths(4), as_widths([4, 8])) == ((4,), (4, 8))
 
 
 def test_more_bits_than_kernels_have_are_refused(network, tmp_path):

@@ -135,6 +135,14 @@ def test_patterns_keep_layers_in_float(mixed):
     assert layers(plan_as_documented(mixed, not_quant_pattern=["dep", "skip_quant"])) == ["dense", "second", "head"]
 
 
+def test_one_name_needs_no_list_and_what_is_no_name_is_refused(mixed):
+    assert layers(plan_as_documented(mixed, quantize_op_types="mul")) == ["head"]
+    assert plan_quantization(mixed, skip="dense") == plan_quantization(mixed, skip=["dense"])
+    for wrong in (3, [3]):
+        with pytest.raises(ConfigError, match="not_quant_pattern is"):
+            plan_as_documented(mixed, not_quant_pattern=wrong)
+
+
 def test_activations_by_abs_max_take_their_range_at_inference(mixed):
     plan = plan_as_documented(mixed, target="simulate", activation_quantize_type="abs_max")
     assert plan.activations

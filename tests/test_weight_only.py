@@ -153,6 +153,7 @@ def test_layers_that_have_no_integer_form_are_named():
     [
         ({"bits": 9}, ConfigError, "bits is 9"),
         ({"bits": 1}, ConfigError, "bits is 1"),
+        ({"bits": "4"}, ConfigError, "bits is '4'"),
         ({"group": 48}, ConfigError, "group is 48"),
         ({"operators": ["linaer"]}, UnknownNameError, "linear"),
         ({"skip": ["nothing"]}, UnknownNameError, "nothing"),

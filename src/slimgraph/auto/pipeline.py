@@ -32,7 +32,7 @@ from slimgraph.auto.outcome import Progress, is_measured
 from slimgraph.auto.result_files import ResultFiles
 from slimgraph.auto.staging import staging
 from slimgraph.auto.uncalibrated import made_up, uncalibrated
-from slimgraph.auto.widths import Widths, as_budget
+from slimgraph.auto.widths import Widths, as_budget, as_widths
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
@@ -89,8 +89,8 @@ class CompressOptions(TypedDict, total=False):
     algorithm: str
     repairs: Repairs | str | None
     skip: Sequence[str]
-    bits: Sequence[int]
-    activation_bits: Sequence[int]
+    bits: int | Sequence[int]
+    activation_bits: int | Sequence[int]
     budget: Budget | str | None
     weights_only: bool
     group: int | None
@@ -139,8 +139,8 @@ def compress(
     algorithm: str = DEFAULT_ALGORITHM,
     repairs: Repairs | str | None = None,
     skip: Sequence[str] = (),
-    bits: Sequence[int] = (),
-    activation_bits: Sequence[int] = (),
+    bits: int | Sequence[int] = (),
+    activation_bits: int | Sequence[int] = (),
     budget: Budget | str | None = None,
     weights_only: bool = False,
     group: int | None = None,
@@ -177,7 +177,8 @@ def compress(
             "bias,smooth". None: biases are corrected, and `control` may choose others; weights of up to 6 bits get
             what "auto" finds from the beginning.
         skip: layers that stay float, as `select` takes them.
-        bits: of weights; several are choices for each layer, of which 32 is float. None: the target's.
+        bits: of weights: one number, as `weight_bits` of `quantize`; several are choices for each layer, of which 32
+            is float. None: the target's.
         activation_bits: as `bits`, of activations.
         budget: what the result may have of the original, as "size=0.2", "latency=0.6" or "bops=0.05": within it the
             bits are chosen that bring the least noise.
@@ -201,8 +202,8 @@ def compress(
         weights_only=weights_only,
         dynamic=dynamic,
         group=group,
-        bits=tuple(bits),
-        activation_bits=tuple(activation_bits),
+        bits=as_widths(bits),
+        activation_bits=as_widths(activation_bits),
         budget=budget,
         algorithm=algorithm,
         repairs=repairs,
@@ -214,7 +215,7 @@ def compress(
             "Ranges are calibrated on data, and none were given. Give some; weights_only and dynamic need none."
         )
     resolved = resolved_target(target)
-    widths = Widths(weights=tuple(bits), activations=tuple(activation_bits), budget=as_budget(budget))
+    widths = Widths(weights=as_widths(bits), activations=as_widths(activation_bits), budget=as_budget(budget))
     by_default: Repairs | Literal["auto"] = AUTO if widths.are_narrow else Repairs()
     wanted = by_default if repairs is None else repairs_named(repairs)
     given = None if data is None else open_given(data, program.signature, what="data", seed=seed)
@@ -225,7 +226,7 @@ def compress(
 
     def replan(mixed: MixedBits | None, spared: Mapping[str, str] = MappingProxyType({})) -> QuantizationPlan:
         if unranged is not None:
-            return unranged.plan(original, resolved, tuple(skip))
+            return unranged.plan(original, resolved, skip)
         return widths.plan(original, resolved, skip, mixed, spared)
 
     plan = replan(None)

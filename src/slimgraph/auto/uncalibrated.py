@@ -1,6 +1,6 @@
 """Quantize without calibrated ranges: weights alone, or with ranges that are taken when the program runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Uncalibrated:
     group: int | None
     """Of weights alone: how many of an output share a scale."""
 
-    def plan(self, program: Program, target: str, skip: tuple[str, ...]) -> QuantizationPlan:
+    def plan(self, program: Program, target: str, skip: Sequence[str]) -> QuantizationPlan:
         """What becomes integers; the plan needs no ranges.
 
         Raises:

@@ -21,6 +21,11 @@ from slimgraph.quantization.sensitivity import measure_sensitivity
 _BYTE = 8
 
 
+def as_widths(given: int | Sequence[int]) -> tuple[int, ...]:
+    """The bits that were given: one number, or several as choices."""
+    return tuple(given) if isinstance(given, Sequence) else (given,)
+
+
 def as_budget(given: Budget | str | None) -> Budget | None:
     """The budget that was given, perhaps as text."""
     return budget_of(given) if isinstance(given, str) else given
@@ -39,9 +44,10 @@ class Widths:
     def __post_init__(self) -> None:
         for option, widths in (("bits", self.weights), ("activation_bits", self.activations)):
             for bits in widths:
-                if not (2 <= bits <= 16 or (bits == FLOAT and option == "bits")):
+                allowed = [*range(2, 17), FLOAT] if option == "bits" else range(2, 17)
+                if not isinstance(bits, int) or bits not in allowed:
                     also = f", or {FLOAT} for float" if option == "bits" else ""
-                    raise ConfigError(f"{option} has {bits}; give 2 to 16{also}.")
+                    raise ConfigError(f"{option} has {bits!r}; give 2 to 16{also}.")
         if self.weights and set(self.weights) == {FLOAT}:
             raise ConfigError("bits has float only, which leaves nothing to quantize. Give another width beside it.")
         several = len({*self.weights}) > 1 or len({*self.activations}) > 1

@@ -17,6 +17,7 @@ from slimgraph.quantization.apply import rounded_weight, weight_grid
 from slimgraph.quantization.lockstep import batches_of
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 from slimgraph.quantization.reach import NARROW_BITS, best_reach, with_best_reach
+from slimgraph.quantization.samples import samples_of
 from slimgraph.quantization.simulation import Results, Simulation
 
 aten = torch.ops.aten
@@ -75,7 +76,8 @@ def gptq(
         progress: told the layer, those done and those to do in all.
     Raises:
         ConfigError: the plan has no ranges, or speaks of another program; an option cannot be used.
-        CalibrationError: there is no batch, or a layer reads NaN or infinity; the message names its value.
+        CalibrationError: there is no batch, or a layer reads NaN or infinity; the message names its value and
+            the samples.
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023,
         arXiv 2210.17323. There nothing is held out, and inputs that are always zero lose their weights; here they keep
         them, rounded. Grids of up to 6 bits are those of least rounding error, and not always as wide as the largest
@@ -172,9 +174,10 @@ def _hessians(
             source: Any = node.args[_DATA_POSITION.get(node.target, 0)]
             with torch.no_grad():
                 given = [simulation.argument(node, source, results) for results in runs]
+                _require_finite(node, value_of(source), given, data)
                 fitted = [x for index, x in enumerate(given) if index % _JUDGING != _JUDGING - 1]
                 judged = given[_JUDGING - 1 :: _JUDGING] or fitted  # few batches serve twice
-                sums = [_sum(node, part, value_of(source)) for part in (fitted, judged)]
+                sums = [_sum(node, part) for part in (fitted, judged)]
                 yield node, [_Hessians(*pair) for pair in zip(*sums, strict=True)]
         for results in runs:
             with torch.no_grad():
@@ -184,14 +187,18 @@ def _hessians(
                     results.pop(used, None)
 
 
-def _sum(node: fx.Node, inputs: Iterable[Tensor], name: str) -> list[Tensor]:
-    hessians: list[Tensor] = []
-    for x in inputs:
+def _require_finite(node: fx.Node, name: str, given: Sequence[Tensor], data: Sequence[dict[str, Tensor]]) -> None:
+    for index, x in enumerate(given):
         if not bool(x.isfinite().all()):
             raise CalibrationError(
-                f"The value {name!r} has NaN or infinity, so that {value_of(node)!r} cannot be rounded by it. Look at "
-                "the inputs, and at the weights before it."
+                f"The value {name!r} has NaN or infinity in {samples_of(data, index)}, so that {value_of(node)!r} "
+                "cannot be rounded by it. Look at these, and at the weights before it."
             )
+
+
+def _sum(node: fx.Node, inputs: Iterable[Tensor]) -> list[Tensor]:
+    hessians: list[Tensor] = []
+    for x in inputs:
         found = [(rows_NK.T @ rows_NK).double() for rows_NK in _rows(node, x.float())]
         hessians = found if not hessians else [a + b for a, b in zip(hessians, found, strict=True)]
     return hessians

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import slimgraph.deploy.targets as kinds
-from slimgraph.errors import UnknownNameError, closest
+from slimgraph.errors import ConfigError, UnknownNameError, closest
 from slimgraph.program.program import Program
 
 DEPTHWISE, DENSE = "depthwise", "dense"
@@ -101,8 +101,8 @@ KINDS = (
 """Our own names of kinds of operators."""
 
 
-def operators_named(names: Iterable[str]) -> tuple[Operators, ...]:
-    """What the names stand for, ours or the documents'.
+def operators_named(names: str | Iterable[str]) -> tuple[Operators, ...]:
+    """What the names stand for, or the one name: ours or the documents'.
 
     Raises:
         UnknownNameError: one is neither.
@@ -112,7 +112,7 @@ def operators_named(names: Iterable[str]) -> tuple[Operators, ...]:
     """
     known = [*KINDS, *DOCUMENTED_OPERATORS]
     found = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if name not in known:
             raise UnknownNameError(f"There is no operator named {name!r} to quantize. {closest(name, known)}")
         found.append(DOCUMENTED_OPERATORS.get(name) or _of(name))
@@ -123,6 +123,11 @@ def layers_not_quantized(program: Program, not_quant_pattern: str | Sequence[str
     """The layers that stay float by the documents' rule: those whose name, a module path, contains one of the strings.
 
     A string that nothing contains is no error: "skip_quant" is there by default.
+
+    Raises:
+        ConfigError: something else than strings was given.
     """
-    patterns = [not_quant_pattern] if isinstance(not_quant_pattern, str) else list(not_quant_pattern)
+    patterns = [not_quant_pattern] if isinstance(not_quant_pattern, str) else not_quant_pattern
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"not_quant_pattern is {not_quant_pattern!r}; give a part of layers' names, or several.")
     return tuple(layer for layer in program.layers if any(pattern and pattern in layer for pattern in patterns))

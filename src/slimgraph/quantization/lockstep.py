@@ -13,7 +13,7 @@ from slimgraph.program.parts import hinted_elements
 from slimgraph.program.program import Program
 from slimgraph.quantization.calibration import require_finite_inputs
 from slimgraph.quantization.regions import Span
-from slimgraph.quantization.samples import can_be_joined
+from slimgraph.quantization.samples import can_be_joined, samples_of
 from slimgraph.quantization.simulation import LayerTensors, Results, Simulation
 
 LEAST_BATCHES = 8
@@ -96,6 +96,7 @@ class Lockstep:
     ) -> None:
         """`layers` are the tensors of the quantized program; those of a region are read when it is left."""
         self._schedule, self._real, self._quantized, self._layers = schedule, real, quantized, layers
+        self._batches = batches
         given = [dict(zip(schedule.inputs, batch.values(), strict=True)) for batch in batches]
         self._real_results: list[Results] = [dict(results) for results in given]
         self._quantized_results: list[Results] = [
@@ -106,7 +107,7 @@ class Lockstep:
         """What the region reads and should give, for each batch.
 
         Raises:
-            CalibrationError: it reads or should give NaN or infinity.
+            CalibrationError: it reads or should give NaN or infinity; the message names value and samples.
         """
         stretch = self._schedule.stretches[span]
         outside = {
@@ -117,7 +118,8 @@ class Lockstep:
         }
         found = []
         with torch.no_grad():
-            for real, quantized in zip(self._real_results, self._quantized_results, strict=True):
+            runs = zip(self._real_results, self._quantized_results, strict=True)
+            for index, (real, quantized) in enumerate(runs):
                 self._step(self._quantized, self._layers, quantized, stretch.start, stretch.middle)
                 self._step(self._real, {}, real, stretch.start, stretch.middle)
                 entries = {node: quantized[node] for node in span.entries}
@@ -128,8 +130,9 @@ class Lockstep:
                 for node, x in (*entries.items(), (span.exit, target)):
                     if x.is_floating_point() and not bool(x.isfinite().all()):
                         raise CalibrationError(
-                            f"The value {value_of(node)!r} has NaN or infinity, so that nothing can be learned for the "
-                            f"region {span.region}. Look at the inputs, and at the weights before it."
+                            f"The value {value_of(node)!r} has NaN or infinity in {samples_of(self._batches, index)}, "
+                            f"so that nothing can be learned for the region {span.region}. Look at these, and at the "
+                            "weights before it."
                         )
                 found.append(RegionBatch(entries, real_entries, constants, target))
         return found

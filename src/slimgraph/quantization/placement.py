@@ -67,7 +67,7 @@ def plan_quantization(
     chosen = _with_bits(chosen, weight_bits, activation_bits)
     if not weight_per_channel:
         chosen = replace(chosen, weight_per_channel=False)
-    skipped = dict.fromkeys(select(program, list(skip)), "it was asked to") if skip else {}
+    skipped = dict.fromkeys(select(program, skip), "it was asked to") if skip else {}
     existing = program.values
     for name, reason in spared.items():
         if name not in existing:

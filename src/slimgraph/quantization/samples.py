@@ -1,6 +1,6 @@
 """The first samples of calibration data."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ def first_batches(program: Program, batches: Iterable[Any], samples: int) -> Ite
         raise CalibrationError(
             "The calibration data has no batch. Give at least one; an iterator that was read before is empty."
         )
+
+
+def samples_of(batches: Sequence[Mapping[str, Tensor]], index: int) -> str:
+    """What a message calls one of several batches that are not those that were given, but of the same samples.
+
+    >>> samples_of([{"x": torch.zeros(4, 1)}, {"x": torch.zeros(3, 1)}], 1)
+    'calibration samples 4 to 6 (counted from 0)'
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    return f"calibration samples {sum(sizes[:index])} to {sum(sizes[: index + 1]) - 1} (counted from 0)"
 
 
 def can_be_joined(batch: Mapping[str, Tensor], other: Mapping[str, Tensor], batched: frozenset[str]) -> bool:

@@ -56,12 +56,12 @@ def plan_weights(
     skip: Sequence[str] = (),
 ) -> QuantizationPlan:
     """Which stored weights become integers while every activation stays float; as `quantize_weights`."""
-    if not 2 <= bits <= 8:
-        raise ConfigError(f"bits is {bits}; weights alone are quantized to 2 to 8 bits.")
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigError(f"bits is {bits!r}; weights alone are quantized to 2 to 8 bits, a whole number.")
     if group is not None and group not in GROUPS:
         raise ConfigError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}, or None for whole channels.")
     wanted = None if operators is None else operators_named(operators)
-    skipped = set(select(program, list(skip))) if skip else set()
+    skipped = set(select(program, skip)) if skip else set()
     weights: list[WeightQuantizer] = []
     kept: dict[str, str] = {}
     for node in program.graph.nodes:
