@@ -1,6 +1,5 @@
 """The proof of a pruning: the smaller program computes what the whole one does where the removed indices are zero."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,9 +55,8 @@ def largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
     """How far the outputs of the pruned program are from those of the masked one, as a part of their range."""
     inputs = _random_inputs(program)
     with torch.no_grad():
-        whole = _in_double(program)
-        expected = _Masked(whole, dict(zip(whole.graph.nodes, program.graph.nodes, strict=True)), kept).run(*inputs)
-        found = fx.Interpreter(_in_double(pruned).graph_module).run(*inputs)
+        expected = _Masked(program, kept).run(*inputs)
+        found = _InDouble(pruned).run(*inputs)
     worst = 0.0
     for wanted, got in zip(expected, found, strict=True):
         if not wanted.is_floating_point() or not wanted.numel():
@@ -70,14 +68,6 @@ def largest_difference(program: Program, pruned: Program, kept: Kept) -> float:
         change = (wanted - got)[finite].abs().max() if bool(finite.any()) else torch.tensor(0.0)
         worst = max(worst, float(change / spread.clamp(min=float(wanted[finite].abs().max()) * 1e-3 + 1e-30)))
     return worst
-
-
-def _in_double(program: Program) -> Program:
-    result = program.copy().eval()
-    compute_in(result.graph, torch.float64)
-    for node in result.graph.nodes:
-        node.meta.pop("val", None)  # an example of each value, which it takes longer to retype than to compute
-    return result.double()
 
 
 def _random_inputs(program: Program) -> list[Tensor]:
@@ -99,13 +89,30 @@ def _random_inputs(program: Program) -> list[Tensor]:
     return made
 
 
-class _Masked(fx.Interpreter):
+class _InDouble(fx.Interpreter):
+    """Runs a program in float64 and in evaluation mode, without a copy of its tensors."""
+
+    def __init__(self, program: Program) -> None:
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(program.graph, copied))
+        self.originals = {twin: node for node, twin in copied.items()}
+        compute_in(graph, torch.float64)
+        super().__init__(program.graph_module, graph=graph)
+        self._stored = program.graph_module
+
+    def fetch_attr(self, target: str) -> Any:
+        if target in edit.FLAGS:
+            return False
+        tensor = edit.tensor_named(self._stored, target)
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+
+class _Masked(_InDouble):
     """Runs the whole program, with zeros for whoever sums over removed indices, and norms over the kept ones only."""
 
-    def __init__(self, whole: Program, originals: Mapping[fx.Node, fx.Node], kept: Kept) -> None:
-        super().__init__(whole.graph_module)
-        self._program = whole
-        self._originals = originals
+    def __init__(self, program: Program, kept: Kept) -> None:
+        super().__init__(program)
         self._kept = kept
 
     def run_node(self, n: fx.Node) -> Any:
@@ -122,7 +129,7 @@ class _Masked(fx.Interpreter):
             return [self._zeroed(each, one) for each, one in zip(operand, value, strict=True)]
         if not isinstance(operand, fx.Node) or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        for axis, tree in enumerate(self._kept.traced.of(self._originals[operand])):
+        for axis, tree in enumerate(self._kept.traced.of(self.originals[operand])):
             if not self._kept.is_whole(tree):
                 keep = self._kept.mask(tree, batch=_SAMPLES)
                 value = value * keep.to(value).reshape([-1 if other == axis else 1 for other in range(value.dim())])
@@ -131,7 +138,7 @@ class _Masked(fx.Interpreter):
     def _norm(self, n: fx.Node) -> Any:
         """Of the kept indices; whatever stands at the others is masked later."""
         operand: Any = n.args[0]
-        axes = enumerate(self._kept.traced.of(self._originals[operand]))
+        axes = enumerate(self._kept.traced.of(self.originals[operand]))
         stays = {axis: self._kept.mask(tree, batch=_SAMPLES) for axis, tree in axes if not self._kept.is_whole(tree)}
         if not stays:
             return super().run_node(n)
