@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/pruned_accuracy.py [all] [criteria] [training] [latency] [--flops-removed 0.524]
            [--images 2000] [--steps 250] [--batch 128] [--trained fisher/global random/uniform] [--judged 10000]
-           [--results FILE]
+           [--results FILE] [--whole-shortcuts] [--criteria taylor random]
 """
 
 import argparse
@@ -55,6 +55,8 @@ class _Pruner:
         self.original = RESNET56.program()
         self.groups: Groups = find_groups(self.original)
         self.removed: float = options.flops_removed
+        streams = [group.name for group in self.groups.groups if len(group.makers) > 1]
+        self.skip = streams if options.whole_shortcuts else []
         self.scoring = self.images(RESNET56.calibration, options.batch)
 
     def images(self, spec: str, batch: int) -> list[Batch]:
@@ -68,6 +70,7 @@ class _Pruner:
             criterion=criterion,
             allocation=allocation,
             multiple_of=multiple_of,
+            skip=self.skip,
             groups=self.groups,
             **reads,
         )
@@ -100,7 +103,7 @@ def _criteria(pruner: _Pruner, options: argparse.Namespace, command: str) -> Non
     rows: list[list[str]] = []
     before = _percent(evaluate(pruner.original, test).value)
     _add(rows, [_WHOLE, "", *pruner.sizes(pruner.original), before, ""])
-    for criterion, allocation in itertools.product(_CRITERIA, _ALLOCATIONS):
+    for criterion, allocation in itertools.product(options.criteria, _ALLOCATIONS):
         pruned = pruner.prune(criterion, allocation)
         restored = reestimate_batch_norm(pruned, pruner.scoring)
         tops = [_percent(evaluate(each, test).value) for each in (pruned, restored)]
@@ -138,7 +141,10 @@ def _results(options: argparse.Namespace) -> dict[str, _Trained]:
 
 
 def _recipe(options: argparse.Namespace) -> str:
-    return str([getattr(options, name) for name in ("flops_removed", "steps", "batch", "rate", "curve", "judged")])
+    shortcuts = ["whole_shortcuts"] if options.whole_shortcuts else []
+    return str(
+        [getattr(options, name) for name in ("flops_removed", "steps", "batch", "rate", "curve", "judged", *shortcuts)]
+    )
 
 
 def _train(pruner: _Pruner, name: str, options: argparse.Namespace) -> _Trained:
@@ -249,6 +255,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", choices=[*_TABLES, "all"], default="all")
     parser.add_argument("--flops-removed", type=float, default=0.524)
+    parser.add_argument("--whole-shortcuts", action="store_true", help="prune the first convolutions of blocks only")
+    parser.add_argument("--criteria", nargs="*", choices=_CRITERIA, default=_CRITERIA, help="to compare")
     parser.add_argument("--images", type=int, default=2000, help="of the test set, to compare criteria")
     parser.add_argument("--trained", nargs="*", default=["geometry_median/global", "l2_norm/uniform", "random/uniform"])
     parser.add_argument("--steps", type=int, default=250)
