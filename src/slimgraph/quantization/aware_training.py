@@ -2,15 +2,15 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimgraph.deploy.targets import Target
-from slimgraph.errors import ConfigError, DataError
+from slimgraph.errors import ConfigError
 from slimgraph.program.freeze import freeze_ranges_, freeze_statistics_
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.value_range import MOVING_RATE, WINDOW_SIZE
@@ -24,24 +24,16 @@ from slimgraph.quantization.preparation import prepare_and_plan
 from slimgraph.quantization.qat import parameter_groups, prepare_qat
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, range_algorithm
 from slimgraph.quantization.reach import NARROW_BITS, with_best_reach
-from slimgraph.training.answers import answering
-from slimgraph.training.batch import Batch
 from slimgraph.training.data import open_data
-from slimgraph.training.evaluate import Evaluation
-from slimgraph.training.evaluate import evaluate as evaluate_on
+from slimgraph.training.judge import Judge, TrainingData, judging, usual_loss
 from slimgraph.training.loop import Hook, Run, fit, require_length
-from slimgraph.training.losses import Loss, find_loss, imitate
+from slimgraph.training.losses import Loss, find_loss
 from slimgraph.training.masks import KeepMasks, masks_of_zeros
 from slimgraph.training.metrics import Metric
 from slimgraph.training.optim import Groups, ScheduleSpec, make_optimizer, make_schedule
 from slimgraph.training.processes import MixedPrecision
-from slimgraph.training.stream import stream_batches
-
-Judge: TypeAlias = Callable[[Program], float | Evaluation]
 
 CALIBRATION_SAMPLES = 256
-JUDGED_SAMPLES = 1024
-"""Samples of the training data on which candidates are judged where there are no others."""
 
 LEARNING_RATES = {"narrow": 0.01, "wide": 0.001}
 """Of descent with momentum, where weights or activations have few bits and where they have not, as in the source of
@@ -188,9 +180,9 @@ def train_quantized(
     kept = [KeepMasks(masks_of_zeros(program))] if sparse_model else []
     if isinstance(data, str):
         data = open_data(data, program.signature, seed=seed)
-    given = _Given(program, data)
-    loss_of = _usual_loss(program, given) if loss is None else find_loss(loss)
-    judged_by, judge = _judge(given, evaluate, metric, loss_of)
+    given = TrainingData(program, data)
+    loss_of = usual_loss(program, given) if loss is None else find_loss(loss)
+    judged_by, judge = judging(given, evaluate, metric, loss_of)
 
     batches = given.inputs(CALIBRATION_SAMPLES) if calibration is None else calibration
     remembered = Remembering(prepared, batches, samples=REPAIR_SAMPLES)
@@ -247,82 +239,6 @@ def train_quantized(
 def _deployed(trained: Program) -> Program:
     frozen = freeze(trained)
     return apply_quantization(frozen.program, frozen.plan)
-
-
-class _Given:
-    """The training data, of which the beginning serves calibration and judgement as well."""
-
-    def __init__(self, program: Program, data: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
-        if isinstance(data, Iterator):
-            raise DataError(
-                "The training data are an iterator, which can be read only once. Give a list, a loader, or a function "
-                "that returns a new iterator each time."
-            )
-        self._read = stream_batches(data if callable(data) else lambda: data, "The training data", program.signature)
-        first = next(self._read(), None)
-        if first is None:
-            raise DataError("The training data have no batch.")
-        self.first = first
-
-    def beginning(self, samples: int) -> Iterator[Batch]:
-        """The first samples; the last batch is whole."""
-        seen = 0
-        for batch in self._read():
-            yield batch
-            seen += len(batch)
-            if seen >= samples:
-                return
-
-    def inputs(self, samples: int) -> Iterator[dict[str, Tensor]]:
-        """The same without labels."""
-        return (batch.inputs for batch in self.beginning(samples))
-
-
-def _usual_loss(program: Program, given: _Given) -> Loss:
-    labels = given.first.labels
-    if labels is None:
-        return imitate(program)
-    if labels.is_floating_point():
-        raise ConfigError(
-            "The labels are no numbers of classes, so nothing says which loss is meant. Give `loss`: mse, or a "
-            "function of outputs and batch."
-        )
-    return find_loss("cross_entropy")
-
-
-def _judge(
-    given: _Given, evaluate: str | Iterable[Any] | Judge | None, metric: str | Metric, loss: Loss
-) -> tuple[str, Callable[[Program], float]]:
-    """What candidates are judged by, in words and as a function of a quantized program; higher is better."""
-    if evaluate is None:
-        return "loss", lambda quantized: -_mean_loss(quantized, given.beginning(JUDGED_SAMPLES), loss)
-    if callable(evaluate):
-        own = evaluate
-
-        def asked(quantized: Program) -> float:
-            answer = own(quantized)
-            return answer.value if isinstance(answer, Evaluation) else float(answer)
-
-        return _name_of(own), asked
-    data = evaluate
-    if isinstance(data, Iterator):
-        raise DataError(
-            "The data to evaluate on are an iterator, which can be read only once. Give a list or a loader."
-        )
-    return _name_of(metric), lambda quantized: evaluate_on(quantized, data, metric=metric).value
-
-
-def _name_of(metric: Any) -> str:
-    return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
-
-
-def _mean_loss(program: Program, batches: Iterable[Batch], loss: Loss) -> float:
-    total = samples = 0.0
-    with answering(program) as answer:
-        for batch in batches:
-            total += float(loss(answer(batch), batch)) * len(batch)
-            samples += len(batch)
-    return total / samples
 
 
 def _groups(
