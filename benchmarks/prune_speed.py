@@ -22,7 +22,7 @@ from slimgraph.pruning.kept import Kept
 from slimgraph.pruning.prove import prove
 from slimgraph.pruning.prune import MULTIPLE, plan_pruning, prune
 
-_STEPS = ("groups", "scores", "allocation", "application", "without proof", "proof", "slimgraph.prune")
+_STEPS = ("finding them", "scores", "allocation", "application", "without proof", "proof", "slimgraph.prune")
 
 
 def _steps(program: Program) -> list[float]:
