@@ -104,6 +104,25 @@ def test_a_budget_of_size_counts_bytes_as_they_are_stored(chain):
         choose_bits(program, plan, sensitivity, budget_of("size=0.3"), weight_bits=(4, 8))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.two(F.tanh(self.one(F.tanh(self.one(x)))))
+
+
+def test_a_weight_of_several_layers_is_paid_for_once():
+    program, batches = prepare(capture(Tied().eval(), torch.zeros(1, 4))), [torch.randn(8, 4)]
+    plan = plan_quantization(program)
+    plan = choose_ranges(plan, collect_statistics(program, plan.range_owners, batches))
+    sensitivity = measure_sensitivity(program, plan, batches)
+    # 16 bytes of codes and four scales of five bytes, for each of two weights of 64 bytes.
+    found = choose_bits(program, plan, sensitivity, budget_of("size=1"), weight_bits=(plan.weights[0].scheme.bits,))
+    assert found.cost == pytest.approx(72 / 128)
+
+
 def test_a_budget_of_latency_leaves_the_noisiest_layers_for_their_time_in_float(chain):
     program, plan, _ = chain
     own = {(found.value, found.scheme.bits): 0.0 for found in plan.activations}

@@ -335,6 +335,15 @@ def test_optimizers_do_not_pull_learned_steps_to_zero(program, plan, images):
     assert len(weights["params"]) + len(steps["params"]) == len(names)
 
 
+def test_a_step_that_was_led_below_zero_is_frozen_as_training_computes_with_it(program, plan, images):
+    qat = prepare_qat(program, plan, weight_quantize_type="lsq", activation_quantize_type="lsq").eval()
+    for name, parameter in qat.named_parameters():
+        if name.endswith(".step"):
+            parameter.detach()[0] = -0.1
+    frozen = freeze(qat)
+    torch.testing.assert_close(apply_quantization(frozen.program, frozen.plan)(images[0]), qat(images[0]))
+
+
 def test_learned_steps_change_no_faster_than_weights_where_gradients_are_normalized(program, plan, images):
     qat = prepare_qat(program, plan, weight_quantize_type="lsq", activation_quantize_type="lsq")
     began = {name: p.detach().clone() for name, p in qat.named_parameters()}

@@ -299,6 +299,29 @@ def test_a_plan_that_was_tampered_with_is_refused(chain, old, new, said):
         plan_from_json(text)
 
 
+@pytest.mark.parametrize(("low", "high"), [(float("nan"), 1.0), (0.0, float("inf")), (1.0, -1.0)])
+def test_a_plan_holds_no_range_that_is_none(chain, low, high):
+    plan = plan_quantization(prepare(chain))
+    ranges = dict.fromkeys(plan.range_owners, (-1.0, 1.0))
+    first = plan.range_owners[0]
+    with pytest.raises(ConfigError, match=f"range of '{first}' is {low} … {high}"):
+        plan.with_ranges({**ranges, first: (low, high)})
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_plan_holds_no_reach_that_is_none(chain, wrong):
+    with pytest.raises(ConfigError, match="weight of 'fc' reaches"):
+        dataclasses.replace(plan_quantization(prepare(chain)), weight_reach={"fc": (1.0, wrong)})
+
+
+def test_the_value_whose_range_a_plan_lacks_is_named(chain):
+    plan = plan_quantization(prepare(chain))
+    owner, *others = plan.range_owners
+    partly = dataclasses.replace(plan, ranges=dict.fromkeys(others, (-1.0, 1.0)))
+    with pytest.raises(ConfigError, match=f"no range for '{owner}'"):
+        apply_quantization(prepare(chain), partly)
+
+
 # Integers
 
 
@@ -659,6 +682,74 @@ def test_each_call_of_a_shared_layer_is_corrected_by_itself():
     plan = choose_ranges(plan, collect_statistics(program, values_to_observe(plan), data), algorithm="min_max")
     repaired = apply_quantization(correct_bias(program, plan, data, samples=64), plan)
     assert (program(data[0]) - repaired(data[0])).mean(0).abs().max() < 0.02
+
+
+class SharedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.head(x).relu())
+
+
+def test_a_layer_that_is_called_on_several_maps_is_stored_once(tmp_path):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 4, 6, 6)]
+    quantized = quantize(capture(SharedHead().eval(), data[0]), calibration=data)
+    codes = [tensor for tensor in quantized.state_dict().values() if tensor.dim() == 4]
+    assert [tensor.dtype for tensor in codes] == [torch.int8]
+    export_onnx(quantized, tmp_path / "model.onnx")
+    assert count_kernels(tmp_path / "model.onnx").convolutions_integer == 2
+
+
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = SharedHead().head
+
+    def forward(self, x):
+        return self.head(self.head(x) * 1e-9)
+
+
+def test_a_call_whose_bias_asks_for_wider_steps_has_codes_of_its_own():
+    torch.manual_seed(0)
+    data = [torch.randn(8, 4, 6, 6)]
+    program = capture(Narrow().eval(), data[0])
+    quantized = quantize(program, calibration=data)
+    assert sum(tensor.dim() == 4 for tensor in quantized.state_dict().values()) == 2
+    assert snr_db(program(data[0]), quantized(data[0])) > 25
+
+
+def test_the_biases_of_a_layer_that_reads_no_batch_are_corrected_one_by_one():
+    torch.manual_seed(0)
+    data = [torch.randn(8) for _ in range(3)]
+    program = capture(nn.Linear(8, 5).eval(), data[0])
+    plan = plan_quantization(program, weight_bits=3)
+    plan = choose_ranges(plan, collect_statistics(program, values_to_observe(plan), data), algorithm="min_max")
+    repaired = apply_quantization(correct_bias(program, plan, data), plan)
+    assert torch.stack([program(x) - repaired(x) for x in data]).mean(0).abs().max() < 0.005  # a step of the bias
+    assert torch.stack([program(x) - apply_quantization(program, plan)(x) for x in data]).mean(0).abs().max() > 0.02
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, factor, x):
+        return self.fc(x * factor)
+
+
+@pytest.mark.parametrize("repairs", ["auto", "rounding=layer,bias"])
+def test_samples_are_counted_by_the_input_that_has_some(repairs):
+    torch.manual_seed(0)
+    data = [(torch.tensor(2.0), torch.randn(16, 6)) for _ in range(3)]
+    program = capture(Scaled().eval(), data[0])
+    prepared = prepare(program)
+    record = quantize_with_record(prepared, plan_quantization(prepared), data, repairs=repairs)
+    assert record.samples == 48
+    assert snr_db(program(*data[0]), record.program(*data[0])) > 25
 
 
 class MixedConcat(nn.Module):

@@ -406,6 +406,7 @@ def test_the_options_of_the_documents_say_regions_epochs_and_whether_activations
     ("options", "said"),
     [
         ({"recon_level": "layerwise"}, "Closest: layer-wise"),
+        ({"recon_level": "region-wise", "regions": []}, "nothing would be learned"),
         ({"regions": [("x", "head")]}, "recon_level is 'layer-wise'"),
         ({"recon_level": "region-wise", "region_weights_names": [["a"]]}, "1 lists of names for 0 regions"),
         ({"epochs": 0}, "epochs is 0"),

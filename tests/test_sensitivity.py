@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimgraph.errors import CalibrationError, ConfigError
+from slimgraph.errors import CalibrationError, ConfigError, DataError
 from slimgraph.program.capture import capture
 from slimgraph.program.scheme import dequantize
 from slimgraph.program.scheme import quantize as to_codes
@@ -110,3 +110,7 @@ def test_what_cannot_be_measured_is_refused(network):
     prepared, plan = planned(network, [torch.randn(1, 3, 8, 8)])
     with pytest.raises(CalibrationError, match="no batch"):
         measure_sensitivity(prepared, plan, [])
+    with pytest.raises(ConfigError, match="samples is 0"):
+        measure_sensitivity(prepared, plan, [torch.randn(1, 3, 8, 8)], samples=0)
+    with pytest.raises(DataError, match="Calibration batch 1: input"):
+        measure_sensitivity(prepared, plan, [torch.randn(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)])

@@ -117,7 +117,7 @@ def analyze(
         quantized.plan,
         quantized.statistics,
         (batch.inputs for batch in calibration),
-        samples=samples or max(FEWEST_SAMPLES, affordable_samples(quantized, _PATIENCE)),
+        samples=max(FEWEST_SAMPLES, affordable_samples(quantized, _PATIENCE)) if samples is None else samples,
         quantized=quantized.program,
     )
     losses = loss_account(found, quantized.plan)

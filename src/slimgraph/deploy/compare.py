@@ -14,6 +14,7 @@ from slimgraph.program.fold import fold_batch_norm
 from slimgraph.program.names import layer_of, operator_name, value_of
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program, require_program
+from slimgraph.program.signature import samples_in
 from slimgraph.table import text_table
 
 _DEQUANTIZED = "/dequantized"
@@ -95,7 +96,7 @@ def compare(
     with torch.inference_mode(), _evaluating(reference, compressed):
         for index, batch in enumerate(batches):
             bound = reference.signature.bind(batch, where=f"Comparison batch {index}")
-            samples += len(next(iter(bound.values())))
+            samples += samples_in(bound)
             pairs = (
                 pair for part in in_parts(reference, bound) for pair in _in_step(reference, compressed, part, partners)
             )

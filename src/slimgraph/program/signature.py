@@ -50,6 +50,15 @@ class TensorSpec:
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
+def samples_in(batch: Mapping[str, Tensor]) -> int:
+    """How many samples a batch has, as `Signature.bind` gives it: the size of the first axis, which no scalar has.
+
+    >>> samples_in({"step": torch.tensor(3), "x": torch.zeros(4, 1)})
+    4
+    """
+    return next((len(x) for x in batch.values() if x.dim()), 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     """Ordered inputs and outputs of a program."""
@@ -71,9 +80,9 @@ class Signature:
 
     @property
     def batch_axis(self) -> str | None:
-        """Name of the free first axis, which counts samples; None where the number of samples is fixed."""
-        first = self.inputs[0].shape[:1] if self.inputs else ()
-        return first[0] if first and isinstance(first[0], str) else None
+        """Name of the free first axis, which counts samples; None where their number is fixed. Scalars have no axis."""
+        first = next((spec.shape[0] for spec in self.inputs if spec.shape), None)
+        return first if isinstance(first, str) else None
 
     @property
     def batched(self) -> frozenset[str]:

@@ -34,8 +34,8 @@ ROOM_FOR_BIAS = _INT32_TOP // 2
 """Integer biases stay below this in magnitude: the sums to which they are added need room as well."""
 
 
-_Codes: TypeAlias = tuple[int, IntScheme, tuple[float, ...]]
-"""What codes are made of: a tensor, by its `id`, a scheme and a reach."""
+_Codes: TypeAlias = tuple[int, IntScheme, bytes, bytes]
+"""What codes are made of: a tensor, by its `id`, a scheme, scales and zero points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,20 +199,19 @@ def _quantize_layer(
 ) -> None:
     weight = edit.tensor_named(program.graph_module, plan.weight)
     position = weight_position(node)
-    # Another layer that reads the same tensor, as an output that is tied to a table, has the same codes.
-    key = (id(weight), plan.scheme, tuple(reach or ()))
-    if plan.input is None and key in shared:
-        node.update_arg(position, shared[key])
-        return
     scale, zero_point = weight_grid(weight, plan.scheme, reach)
     bias_node = edit.arguments(node).get("bias")
     bias = edit.constant_of(program.graph_module, bias_node)
     if source is not None and bias is not None and plan.integer_bias:
         scale = room_for_bias(scale, bias, source.scale)
-    codes = quantize(weight.detach(), scale, zero_point, plan.scheme)
-    back = _dequantized(program, node, node.args[position], codes, (scale, zero_point), plan.scheme, readers)
-    node.update_arg(position, back)
-    shared[key] = back
+    # Another layer that reads the same tensor, such as a head that is called on several maps or an output that is tied
+    # to a table, has the same codes, unless its bias asks for wider steps.
+    key = (id(weight), plan.scheme, scale.cpu().numpy().tobytes(), zero_point.cpu().numpy().tobytes())
+    if key not in shared:
+        codes = quantize(weight.detach(), scale, zero_point, plan.scheme)
+        source_node = node.args[position]
+        shared[key] = _dequantized(program, node, source_node, codes, (scale, zero_point), plan.scheme, readers)
+    node.update_arg(position, shared[key])
     if source is not None and bias is not None and plan.integer_bias:
         bias_scale = (scale.double() * source.scale).float()
         bias_codes = (

@@ -9,6 +9,7 @@ from torch import Tensor
 from slimgraph.errors import CalibrationError, DataError
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
+from slimgraph.program.signature import samples_in
 from slimgraph.program.watch import Watching, require_values
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.ranges import DEFAULT_ALGORITHM, NEED_HISTOGRAM, range_algorithm
@@ -81,7 +82,7 @@ def observe(
                 except IndexError as error:  # a row that a table has not got, asked for by the contents of the inputs
                     reason = str(error).partition("\n")[0]
                     raise DataError(f"Calibration batch {index} cannot be run by the program: {reason}.") from error
-                seen += len(next(iter(bound.values())))
+                seen += samples_in(bound)
                 if progress is not None:
                     progress(seen)
     finally:

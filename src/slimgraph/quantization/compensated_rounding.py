@@ -13,6 +13,7 @@ from slimgraph.errors import CalibrationError, ConfigError
 from slimgraph.program.names import value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.scheme import IntScheme, dequantize, quantize, rows_of
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.apply import rounded_weight, weight_grid
 from slimgraph.quantization.lockstep import batches_of
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
@@ -119,7 +120,7 @@ def gptq(
         edit.set_tensor(result.graph_module, planned.weight, original)
     edit.finish(result).train(program.training)
     parameters: dict[str, Json] = {
-        "samples": sum(len(next(iter(batch.values()))) for batch in data),
+        "samples": sum(map(samples_in, data)),
         "dampings": list(dampings),
         "act_order": act_order,
         "layers": len(reach),

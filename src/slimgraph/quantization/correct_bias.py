@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import slimgraph.deploy.targets as kinds
 import slimgraph.program.edit as edit
 from slimgraph.program.fold import set_bias
 from slimgraph.program.names import value_of
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import HistoryEntry, Program
 from slimgraph.program.scheme import IntScheme, dequantize, quantize
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.apply import apply_quantization, weight_scale
+from slimgraph.quantization.channel_links import layer_axis
 from slimgraph.quantization.merge import merge_quantizers
-from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.samples import first_samples
 
@@ -49,7 +49,7 @@ def correct_bias(
     used = first_samples(program, batches, samples)
     parts = [part for batch in used for part in in_parts(program, batch)]
     values = program.values
-    layers = {w.value: _channel_axis(values[w.value]) for w in plan.weights if _has_room(program, values[w.value])}
+    layers = {w.value: layer_axis(values[w.value]) for w in plan.weights if _has_room(program, values[w.value])}
     corrected = program.copy().eval()
     with torch.inference_mode():
         wanted = _layer_means(corrected if reference is None else reference.copy().eval(), parts, layers)
@@ -61,7 +61,7 @@ def correct_bias(
         _add_to_bias(corrected, values[name], shift, readers)
     edit.finish(corrected)
     return corrected.with_history(
-        HistoryEntry(step="correct_bias", parameters={"samples": sum(len(next(iter(part.values()))) for part in parts)})
+        HistoryEntry(step="correct_bias", parameters={"samples": sum(map(samples_in, parts))})
     )
 
 
@@ -69,15 +69,6 @@ def _has_room(program: Program, node: fx.Node) -> bool:
     """Whether the layer's bias can be changed: it has none, or one that is stored and not computed in the graph."""
     bias = edit.arguments(node)["bias"]
     return bias is None or edit.constant_of(program.graph_module, bias) is not None
-
-
-def _channel_axis(node: fx.Node) -> int:
-    """Axis of the output channels: the last one of a linear layer; a convolution's has the spatial axes behind it."""
-    output: Tensor = node.meta["val"]
-    if kind_of(node) == kinds.LINEAR:
-        return output.dim() - 1
-    weight: Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
-    return output.dim() - (weight.dim() - 1)
 
 
 def _layer_means(
@@ -102,7 +93,7 @@ def _layer_means(
         name = value_of(node)
         if name in layers:
             axis = layers[name]
-            weights = torch.tensor([len(next(iter(part.values()))) for part in parts], dtype=torch.float64)
+            weights = torch.tensor([samples_in(part) for part in parts], dtype=torch.float64)
             means = torch.stack([_channel_mean(result, axis) for result in results])
             mean = (means * weights[:, None].to(means.device)).sum(dim=0) / weights.sum()
             seen[name] = mean if wanted is None else wanted[name] - mean
@@ -120,8 +111,10 @@ def _layer_means(
 def _channel_mean(x: Tensor, axis: int) -> Tensor:
     """Mean over every axis but `axis`: within a sample in float32, over samples in float64; no wider copy of x."""
     inner = [other for other in range(1, x.dim()) if other != axis]
-    by_sample = x.mean(dim=inner) if inner and axis != 0 else x
-    return by_sample.double().mean(dim=0) if axis != 0 else x.double().mean(dim=list(range(1, x.dim())))
+    if axis == 0:  # of one sample without a batch; a mean over no axis at all would be one over all
+        return x.double().mean(dim=inner) if inner else x.double()
+    by_sample = x.mean(dim=inner) if inner else x
+    return by_sample.double().mean(dim=0)
 
 
 def _add_to_bias(program: Program, node: fx.Node, shift: Tensor, readers: Counter[int]) -> None:

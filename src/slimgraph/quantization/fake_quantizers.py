@@ -11,7 +11,6 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import Program
-from slimgraph.program.scheme import IntScheme
 from slimgraph.program.value_range import (
     COLD_SCALE,
     FOLLOWING,
@@ -152,11 +151,6 @@ class Writer:
         }[kind]
         tensors = [self.read(f"{owner}.{key}", tensor) for key, tensor in memory.items()]
         return self.behind(read, target, (read, *tensors, self._training, *rest), f"{owner}/range")
-
-
-def middle_of(scheme: IntScheme) -> int | None:
-    """The zero point of a symmetric grid; None where the range sets it."""
-    return None if not scheme.symmetric else 0 if scheme.signed else 2 ** (scheme.bits - 1)
 
 
 def gradient_scale(elements: int, top: int) -> float:

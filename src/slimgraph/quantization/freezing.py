@@ -13,6 +13,7 @@ from slimgraph.program.fake_quantize import LEARNED_FAKE_QUANTIZE, PACT, ROUNDIN
 from slimgraph.program.fold import OUTPUT_AXIS, fold_batch_norm, foldable_norms, norm_gain
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Program, require_program
+from slimgraph.program.scheme import SMALLEST_SCALE
 from slimgraph.program.simplify import remove_dropout
 from slimgraph.program.value_range import FOLLOWING
 from slimgraph.quantization.fake_quantizers import FAKE, evaluated
@@ -123,8 +124,13 @@ def _reach(program: Program, quantizer: fx.Node) -> Tensor:
     """Largest magnitudes that the grid of a weight covers, one or one a channel, in float64."""
     given = edit.arguments(quantizer)
     if quantizer.target is LEARNED_FAKE_QUANTIZE:
-        return evaluated(program, given["step"]).double() * float(given["high"])
+        return _step(program, given["step"]).double() * float(given["high"])
     return evaluated(program, given["interval"]).double().abs().amax(0).reshape(-1)
+
+
+def _step(program: Program, node: fx.Node) -> Tensor:
+    """A learned step as its operator takes it: one that training has led below zero is the smallest that there is."""
+    return evaluated(program, node).clamp(min=SMALLEST_SCALE)
 
 
 def _renamed(program: Program, layer: fx.Node, planned: WeightQuantizer) -> WeightQuantizer:
@@ -167,7 +173,7 @@ def _range(program: Program, quantizer: fx.Node, *, symmetric: bool) -> tuple[fl
     if quantizer.target is not LEARNED_FAKE_QUANTIZE:
         low, high = evaluated(program, given["interval"]).tolist()
         return low, high
-    step, zero = evaluated(program, given["step"]), int(given["middle"])
+    step, zero = _step(program, given["step"]), int(given["middle"])
     if given["offset"] is not None:
         offset = evaluated(program, given["offset"])
         zero = int(learned_zero_point(offset, step, given["low"], given["high"]))

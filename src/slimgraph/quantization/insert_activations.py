@@ -14,7 +14,7 @@ from slimgraph.program.names import layer_of, set_names, value_of
 from slimgraph.program.parts import hinted_elements
 from slimgraph.program.simplify import IDLE_IN_EVALUATION
 from slimgraph.program.value_range import ABS_MAX, MIN_MAX
-from slimgraph.quantization.fake_quantizers import FAKE, LEARNED, UNBOUNDED, Writer, gradient_scale, middle_of
+from slimgraph.quantization.fake_quantizers import FAKE, LEARNED, UNBOUNDED, Writer, gradient_scale
 from slimgraph.quantization.operators import kind_of
 from slimgraph.quantization.plan import ActivationQuantizer, QuantizationPlan
 
@@ -123,7 +123,7 @@ class _Insertion:
 
     def _quantizer(self, planned: ActivationQuantizer, kind: str, source: fx.Node, top: float | None) -> fx.Node:
         scheme, name = planned.scheme, f"{planned.value}{FAKE}"
-        codes, middle = scheme.code_range, middle_of(scheme)
+        codes, middle = scheme.code_range, scheme.middle
         if kind in LEARNED:
             step, offset, zero = self._steps_of(planned, kind)
             factor = self._gradient_scale(source, codes, zero if offset is None else codes[0])

@@ -21,7 +21,6 @@ from slimgraph.quantization.fake_quantizers import (
     Writer,
     evaluated,
     gradient_scale,
-    middle_of,
 )
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
 
@@ -118,7 +117,7 @@ class _Insertion:
     def _rounded(
         self, scheme: IntScheme, read: fx.Node, weight: Tensor, layer: fx.Node, name: str, reach: Tensor | None
     ) -> fx.Node:
-        codes, middle, axis = scheme.code_range, middle_of(scheme), scheme.axis
+        codes, middle, axis = scheme.code_range, scheme.middle, scheme.axis
         first = _largest(weight, scheme) * (1.0 if reach is None else reach)
         if self.options.weights in LEARNED:
             start = scheme.parameters(-first, first)[0] if self.options.warm else self._first_step(weight, scheme)

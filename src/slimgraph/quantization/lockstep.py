@@ -11,6 +11,7 @@ from slimgraph.errors import CalibrationError
 from slimgraph.program.names import value_of
 from slimgraph.program.parts import hinted_elements
 from slimgraph.program.program import Program
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.calibration import require_finite_inputs
 from slimgraph.quantization.regions import Span
 from slimgraph.quantization.samples import can_be_joined, samples_of
@@ -198,7 +199,7 @@ def _regrouped(program: Program, batches: Iterable[Any], samples: int, size: int
         require_finite_inputs(bound, index)
         if not batched:
             yield bound
-            seen += len(next(iter(bound.values())))
+            seen += samples_in(bound)
         else:
             bound = rows(bound, slice(samples - seen))
             seen += len(bound[min(batched)])

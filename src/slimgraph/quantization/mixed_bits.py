@@ -1,7 +1,7 @@
 """Choose the bits of each layer so that they bring the least noise within a budget."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -230,8 +230,13 @@ class _Problem:
         """Of each layer's variable; of everything else; and of the float program."""
         if self.budget.kind == "size":
             packs = self.plan.target.startswith("onnxruntime")
-            stored = [_stored_bytes(self.program, self.layers[name], b, packs=packs) for name, b, _ in self.pairs]
-            floats = sum(_stored_bytes(self.program, weight, FLOAT, packs=packs) for weight in self.layers.values())
+            readers = Counter(weight.weight for weight in self.layers.values())  # a weight of several is stored once
+
+            def share(weight: WeightQuantizer, bits: int) -> float:
+                return _stored_bytes(self.program, weight, bits, packs=packs) / readers[weight.weight]
+
+            stored = [share(self.layers[name], b) for name, b, _ in self.pairs]
+            floats = sum(share(weight, FLOAT) for weight in self.layers.values())
             return stored, self.counted.weight_bytes - floats, float(self.counted.weight_bytes)
         if self.budget.kind == "bops":
             bops = [float(self.macs[name] * b * (FLOAT if b == FLOAT else a)) for name, b, a in self.pairs]

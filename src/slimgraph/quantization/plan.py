@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -74,6 +75,14 @@ class QuantizationPlan:
     """How large the outputs of operators were while the program trained, by value: the documents'
     `out_threshold`. Nothing here is computed with it."""
 
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.ranges.items():
+            if not (isfinite(low) and isfinite(high) and low <= high):
+                raise ConfigError(f"The range of {name!r} is {low} … {high}; give two finite numbers, the lower first.")
+        for name, reach in self.weight_reach.items():
+            if not (isfinite(sum(reach)) and min(reach, default=0.0) >= 0):
+                raise ConfigError(f"How far the weight of {name!r} reaches is given as what is no finite magnitude.")
+
     def table(self) -> str:
         """The plan as text: a line for each weight, and what stays in float."""
         rows = [(w.value, w.weight, w.scheme.described, w.input or "") for w in self.weights]
@@ -139,10 +148,12 @@ class QuantizationPlan:
         """Return if the plan has the ranges that it needs.
 
         Raises:
-            ConfigError: it was not calibrated yet.
+            ConfigError: it was not calibrated yet, or lacks one.
         """
-        if self.range_owners and not self.ranges:
-            raise ConfigError("The plan has no ranges. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
+        missing = [owner for owner in self.range_owners if owner not in self.ranges]
+        if missing:
+            lacks = f"no range for {missing[0]!r}" if self.ranges else "no ranges"
+            raise ConfigError(f"The plan has {lacks}. Calibrate it first: choose_ranges(plan, collect_statistics(…)).")
 
     def require_values(self, existing: Iterable[str]) -> None:
         """Return if a program with these values has every one that the plan speaks of.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimgraph.deploy.targets import Target
 from slimgraph.program.program import Program
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.apply import apply_quantization
 from slimgraph.quantization.calibration import choose_ranges, collect_statistics, values_to_observe
 from slimgraph.quantization.correct_bias import REPAIR_SAMPLES
@@ -259,6 +260,6 @@ class Remembering:
             bound = self._program.signature.bind(batch, where=f"Calibration batch {index}")
             if self._kept < self._samples:
                 self.batches.append(bound)
-                self._kept += len(next(iter(bound.values())))
+                self._kept += samples_in(bound)
             return bound
         return None

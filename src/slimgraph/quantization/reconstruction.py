@@ -11,6 +11,7 @@ import slimgraph.program.edit as edit
 from slimgraph.errors import ConfigError, closest
 from slimgraph.program.fold import set_bias
 from slimgraph.program.program import HistoryEntry, Json, Program
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.apply import ROOM_FOR_BIAS, room_for_bias, rounded_weight, weight_scale
 from slimgraph.quantization.learn_region import LearnedRegion, Recipe, RegionLayer, learn_region
 from slimgraph.quantization.learned_rounding import Annealing, LearnedRounding, nearest
@@ -133,7 +134,7 @@ def reconstruct(
     parameters: dict[str, Json] = {
         "regions": regions if isinstance(regions, str) else [str(span.region) for span in spans],
         "steps": steps,
-        "samples": sum(len(next(iter(batch.values()))) for batch in data),
+        "samples": sum(map(samples_in, data)),
         "samples_wanted": samples,
         "batch_size": batch_size,
         "lr": lr,
@@ -170,6 +171,8 @@ def _regions(program: Program, plan: QuantizationPlan, given: Regions) -> Sequen
         if given not in ("layer", "block"):
             raise ConfigError(f"regions is {given!r}. {closest(given, ['layer', 'block'])}")
         return layer_regions(program, plan) if given == "layer" else block_regions(program, plan)
+    if not given:
+        raise ConfigError("regions has none, so that nothing would be learned. Give some, or 'layer' or 'block'.")
     return [item if isinstance(item, Region) else _named(item) for item in given]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgraph.errors import CalibrationError
+from slimgraph.errors import CalibrationError, ConfigError
 from slimgraph.program.program import Program
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.calibration import require_finite_inputs
 
 
@@ -30,16 +31,19 @@ def first_batches(program: Program, batches: Iterable[Any], samples: int) -> Ite
     Where the number of samples in a batch is fixed, the last batch is whole.
 
     Raises:
+        ConfigError: `samples` is less than one.
         CalibrationError: there is no batch.
         DataError: a batch does not fit the program, or has NaN or infinity; the message names it.
     """
+    if samples < 1:
+        raise ConfigError(f"samples is {samples}; give at least 1.")
     batched = program.signature.batched
     missing = samples
     for index, batch in enumerate(batches):
         bound = program.signature.bind(batch, where=f"Calibration batch {index}")
         require_finite_inputs(bound, index)
         yield {name: x[:missing] if name in batched else x for name, x in bound.items()}
-        missing -= len(next(iter(bound.values())))
+        missing -= samples_in(bound)
         if missing <= 0:
             break
     if missing == samples:
@@ -54,7 +58,7 @@ def samples_of(batches: Sequence[Mapping[str, Tensor]], index: int) -> str:
     >>> samples_of([{"x": torch.zeros(4, 1)}, {"x": torch.zeros(3, 1)}], 1)
     'calibration samples 4 to 6 (counted from 0)'
     """
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    sizes = list(map(samples_in, batches))
     return f"calibration samples {sum(sizes[:index])} to {sum(sizes[: index + 1]) - 1} (counted from 0)"
 
 

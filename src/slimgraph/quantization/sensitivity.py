@@ -8,17 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from slimgraph.errors import CalibrationError
 from slimgraph.program.edit import tensor_named
 from slimgraph.program.parts import in_parts
 from slimgraph.program.program import Program
 from slimgraph.program.replay import Instead, replay
 from slimgraph.program.scheme import IntScheme
+from slimgraph.program.signature import samples_in
 from slimgraph.quantization.agreement import Change
 from slimgraph.quantization.apply import rounded_weight
 from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.reach import NARROW_BITS, best_reach
+from slimgraph.quantization.samples import first_batches
 from slimgraph.quantization.simulation import Rounding
 from slimgraph.table import text_table
 
@@ -90,6 +91,7 @@ def measure_sensitivity(
     Raises:
         ConfigError: the plan has no ranges.
         CalibrationError: there is no batch.
+        DataError: a batch does not fit the program, or has NaN or infinity; the message names it.
     """
     plan.require_ranges()
     alternatives, owners = _alternatives(program, plan, weight_bits, activation_bits)
@@ -99,18 +101,12 @@ def measure_sensitivity(
     seen = 0
     try:
         with torch.inference_mode():
-            for index, batch in enumerate(batches):
-                bound = program.signature.bind(batch, where=f"Calibration batch {index}")
-                bound = _first(program, bound, samples - seen)
-                seen += len(next(iter(bound.values())))
+            for bound in first_batches(program, batches, samples):
+                seen += samples_in(bound)
                 for part in in_parts(program, bound):
                     _add_part(program, part, alternatives, owners, changes)
-                if seen >= samples:
-                    break
     finally:
         program.train(was_training)
-    if not seen:
-        raise CalibrationError("There is no batch. Give at least one; an iterator that was read before is empty.")
     rows = [
         QuantizerSensitivity(
             kind=kind,
@@ -122,11 +118,6 @@ def measure_sensitivity(
         for (kind, name, bits), change in changes.items()
     ]
     return Sensitivity(rows=tuple(sorted(rows, key=lambda row: -row.noise)), samples=seen)
-
-
-def _first(program: Program, bound: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    batched = program.signature.batched
-    return {name: x[:count] if name in batched else x for name, x in bound.items()}
 
 
 # What each quantizer does
