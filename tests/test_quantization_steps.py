@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import slimgraph.quantization
-from slimgraph.errors import UnknownNameError
+from slimgraph.errors import ProgramError, UnknownNameError
 from slimgraph.program.capture import capture
 from slimgraph.quantization import (
     apply_quantization,
@@ -65,6 +65,20 @@ def test_an_unknown_algorithm_is_told_before_data_are_read(program):
     prepared = prepare(program)
     with pytest.raises(UnknownNameError, match="Closest: KL"):
         calibrate(prepared, plan_quantization(prepared), iter(()), "kl")
+
+
+@pytest.mark.parametrize(("algorithm", "said"), [("hist", "Closest: hist_percent"), ("min_max", "It has none")])
+def test_an_unknown_option_is_told_before_data_are_read(algorithm, said, program):
+    prepared = prepare(program)
+    with pytest.raises(UnknownNameError, match=said):
+        calibrate(prepared, plan_quantization(prepared), iter(()), algorithm, hist_per_cent=0.9)
+
+
+def test_fake_quantizers_are_put_in_once(program, images):
+    prepared = prepare(program)
+    plan = calibrate(prepared, plan_quantization(prepared), images)
+    with pytest.raises(ProgramError, match="has fake quantizers"):
+        insert(insert(prepared, plan), plan)
 
 
 def test_the_steps_make_a_loop_of_ones_own(program, images):

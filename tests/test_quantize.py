@@ -314,6 +314,13 @@ def test_a_plan_holds_no_reach_that_is_none(chain, wrong):
         dataclasses.replace(plan_quantization(prepare(chain)), weight_reach={"fc": (1.0, wrong)})
 
 
+def test_a_reach_has_one_number_for_each_scale():
+    weight = torch.randn(4, 6)
+    with pytest.raises(ConfigError, match=r"reach has 3 numbers.*\[4, 6\] has 4 scales as int8 per channel"):
+        weight_scale(weight, IntScheme(narrow=True, axis=0), [1.0, 2.0, 3.0])
+    assert weight_scale(weight, IntScheme(narrow=True, axis=0, group=3), [1.0] * 8).shape == (4, 2)
+
+
 def test_the_value_whose_range_a_plan_lacks_is_named(chain):
     plan = plan_quantization(prepare(chain))
     owner, *others = plan.range_owners

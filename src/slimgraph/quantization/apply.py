@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import slimgraph.program.edit as edit
+from slimgraph.errors import ConfigError
 from slimgraph.program.names import layer_of, set_names, unused, value_of
 from slimgraph.program.program import HistoryEntry, Json, Program
 from slimgraph.program.qdq import (
@@ -57,12 +58,21 @@ def weight_grid(weight: Tensor, scheme: IntScheme, reach: Sequence[float] | None
     """Scale and zero point of a weight's grid; as `weight_scale`.
 
     The grid of an asymmetric scheme without `reach` covers what each channel, or group, holds.
+
+    Raises:
+        ConfigError: `reach` has other than one number for each scale, or groups do not divide the weight.
     """
+    rows = rows_of(weight.detach(), scheme)
     if reach is not None:
+        if len(reach) != len(rows):
+            raise ConfigError(
+                f"The reach has {len(reach)} numbers, but a weight of shape {list(weight.shape)} has {len(rows)} "
+                f"scales as {scheme.described}. Give one for each."
+            )
         high = torch.tensor(reach, dtype=torch.float64)
         low = -high
     else:
-        low, high = rows_of(weight.detach(), scheme).aminmax(dim=1)
+        low, high = rows.aminmax(dim=1)
     if scheme.group is not None:
         channels = weight.shape[scheme.axis or 0]
         low, high = low.reshape(channels, -1), high.reshape(channels, -1)

@@ -123,10 +123,10 @@ def choose_ranges(
         algorithm: a name in `RANGE_ALGORITHMS`.
         options: of that algorithm, as `hist_percent=0.9999` of hist.
     Raises:
-        UnknownNameError: there is no such algorithm.
+        UnknownNameError: there is no such algorithm, or it has no such option.
         CalibrationError: the statistics lack a value, or the histograms that the algorithm reads.
     """
-    choose = range_algorithm(algorithm)
+    choose = range_algorithm(algorithm, options)
     schemes = {quantizer.value: quantizer.scheme for quantizer in plan.activations}
     missing = [owner for owner in plan.range_owners if owner not in statistics]
     if missing:
@@ -169,10 +169,10 @@ def calibrate(
         progress: called after each batch with the number of samples seen.
         options: of that algorithm.
     Raises:
-        UnknownNameError: there is no such algorithm; nothing was read then.
+        UnknownNameError: there is no such algorithm, or it has no such option; nothing was read then.
         CalibrationError, DataError: the data cannot be used.
     """
-    range_algorithm(algorithm)
+    range_algorithm(algorithm, options)
     statistics = collect_statistics(
         program, values_to_observe(plan), batches, histogram=algorithm in NEED_HISTOGRAM, progress=progress
     )

@@ -14,6 +14,7 @@ from slimgraph.quantization.insert_weights import insert_weights
 from slimgraph.quantization.output_scales import observe_outputs
 from slimgraph.quantization.placement import require_ranges_at_inference
 from slimgraph.quantization.plan import QuantizationPlan
+from slimgraph.quantization.preparation import require_float
 
 STEP = "insert_fake_quantizers"
 """The entry in a program's history that holds the plan."""
@@ -60,6 +61,7 @@ def insert(
     Raises:
         ConfigError: an unknown type, the plan has no ranges where they are needed, speaks of another program, or is for
             a target that cannot take the ranges of "abs_max" at inference.
+        ProgramError: something in the program is quantized already.
     """
     options = RangeOptions(
         weights=weight_quantize_type,
@@ -69,6 +71,7 @@ def insert(
         pact=pact,
         warm=warm,
     )
+    require_float(program)
     plan.require_values(program.values)
     if activation_quantize_type == "abs_max":
         _require_ranges_at_inference(plan)

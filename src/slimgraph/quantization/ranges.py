@@ -7,7 +7,8 @@ side on which the value has no elements stays at zero. A value that is zero ever
 raise CalibrationError.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from types import MappingProxyType
 
 import numpy as np
@@ -144,14 +145,20 @@ NEED_HISTOGRAM = frozenset({"hist", "KL", "mse", "emd", "ptf"})
 """Algorithms that cannot read statistics made with `histogram=False`."""
 
 
-def range_algorithm(name: str) -> Callable[..., Interval]:
-    """The algorithm of that name.
+def range_algorithm(name: str, options: Iterable[str] = ()) -> Callable[..., Interval]:
+    """The algorithm of that name, which takes the options of those names.
 
     Raises:
-        UnknownNameError: there is none; the message offers the closest ones.
+        UnknownNameError: there is none, or it has no such option; the message offers the closest ones.
     """
     if name not in RANGE_ALGORITHMS:
         raise UnknownNameError(f"There is no range algorithm {name!r}. {closest(name, RANGE_ALGORITHMS)}")
+    parameters = signature(RANGE_ALGORITHMS[name]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            hint = closest(option, known) if known else "It has none."
+            raise UnknownNameError(f"The range algorithm {name!r} has no option {option!r}. {hint}")
     return RANGE_ALGORITHMS[name]
 
 
