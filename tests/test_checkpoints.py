@@ -1,6 +1,5 @@
 """Checkpoints: a run that was broken off ends where an undisturbed one does, and damaged files are passed over."""
 
-import hashlib
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from slimgraph.errors import ConfigError, DataError, OutputError
 from slimgraph.program.capture import capture
 from slimgraph.training.checkpoint import Checkpoints, read_state, write_state
 from slimgraph.training.loop import Hook, fit
+from slimgraph.training.tensor_file import write_tensors
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -177,20 +177,44 @@ def test_cut_and_foreign_files_are_damaged_too(small, loader, tmp_path):
         fit(small, loader, **OPTIONS, checkpoints=tmp_path)
 
 
-def test_a_forged_checkpoint_is_told_not_run(tmp_path):
-    path = tmp_path / "step-00000001.safetensors"
-    write_state(path, {"step": 1})
-    tensors = load_file(path)
-    for forged in (
+@pytest.mark.parametrize(
+    "forged",
+    [
         '{"format": 1, "state": {"tensor": "nowhere"}}',
         '{"format": 1, "state": 7}',
         "[]",
         '{"format": 9, "state": {}}',
-    ):
-        metadata = {"slimgraph": forged, "sha256": hashlib.sha256(forged.encode()).hexdigest()}
-        save_file(tensors, path, metadata=metadata)
-        with pytest.raises(DataError, match=r"step-00000001\.safetensors"):
-            read_state(path)
+        "{",
+        '{"format": 1, "state": ' + '{"map": {"x": ' * 5000 + "1" + "}}" * 5000 + "}",
+    ],
+)
+def test_a_forged_checkpoint_is_told_not_run(tmp_path, forged):
+    path = tmp_path / "step-00000001.safetensors"
+    write_tensors(path, {"step": torch.zeros(2)}, {"slimgraph": forged})
+    with pytest.raises(DataError, match=r"step-00000001\.safetensors"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("at", [0, 3, 9, 60, 200, -1])
+def test_every_byte_of_a_checkpoint_counts(tmp_path, at):
+    path = tmp_path / "state"
+    write_state(path, {"numbers": torch.arange(100), "text": "x" * 200})
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"state (is damaged|cannot be read)"):
+        read_state(path)
+
+
+def test_checkpoints_are_files_that_safetensors_reads(tmp_path):
+    tensors = {
+        str(dtype): torch.arange(5).to(dtype) for dtype in (torch.bfloat16, torch.bool, torch.int16, torch.float64)
+    }
+    tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.zeros(0, 3)
+    write_tensors(tmp_path / "file", tensors, {"told": "§"})
+    for name, tensor in load_file(tmp_path / "file").items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +284,7 @@ def test_a_full_disk_leaves_what_was_there(small, loader, tmp_path, monkeypatch)
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slimgraph.training.checkpoint.save_file", full)
+    monkeypatch.setattr("slimgraph.training.checkpoint.write_tensors", full)
     with pytest.raises(OutputError, match="No space left"):
         fit(small, loader, **OPTIONS, hooks=[Hook()], checkpoints=Checkpoints(tmp_path, every=2))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimgraph.errors import DataError
-from slimgraph.program.signature import Signature
+from slimgraph.program.signature import Signature, samples_in
 
 LABEL_NAMES = ("label", "labels")
 """What labels are called among named arrays; an input of such a name comes first."""
@@ -25,11 +25,11 @@ class Batch:
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(next(iter(self.inputs.values())))
+        return samples_in(self.inputs)
 
     def __getitem__(self, chosen: slice) -> "Batch":
         """Some of the samples."""
-        inputs = {name: value[chosen] for name, value in self.inputs.items()}
+        inputs = {name: value[chosen] if value.dim() else value for name, value in self.inputs.items()}
         return Batch(inputs, None if self.labels is None else self.labels[chosen])
 
     def to(self, device: torch.device) -> "Batch":

@@ -1,6 +1,5 @@
 """Checkpoints: everything that a training needs to go on, in files that are whole or are not there."""
 
-import hashlib
 import json
 import os
 import re
@@ -10,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slimgraph.errors import ConfigError, DataError
 from slimgraph.files import output_directory, replacing
 from slimgraph.program.program import Json
+from slimgraph.training.tensor_file import read_metadata, read_tensors, write_tensors
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -116,7 +113,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     told = json.dumps({"format": _FORMAT, "state": _packed(state, "state", tensors)})
     with replacing(path) as aside:
-        save_file(tensors, aside, metadata={"slimgraph": told, "sha256": _digest(told, tensors)})
+        write_tensors(aside, tensors, {"slimgraph": told})
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -125,17 +122,9 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is no such, is damaged, or is of a later version.
     """
+    tensors, metadata = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    told = metadata.get("slimgraph", "")
-    if not told or metadata.get("sha256") != _digest(told, tensors):
-        raise DataError(f"{path} is damaged: what is in it has not the digest that was written with it.")
-    try:
-        given = json.loads(told)
+        given = json.loads(metadata["slimgraph"])
         state = _unpacked(given["state"], tensors) if given["format"] == _FORMAT else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no checkpoint: {type(error).__name__} where its parts are read.") from error
@@ -152,29 +141,18 @@ def _files(folder: Path) -> list[Path]:
 def _best_of(path: Path) -> str | None:
     """The file of the best state that a checkpoint speaks of."""
     try:
-        with safe_open(path, framework="pt") as file:
-            best = (
-                json.loads((file.metadata() or {}).get("slimgraph", "{}")).get("state", {}).get("map", {}).get("best")
-            )
-            return None if best is None else str(best["map"]["file"])
-    except (SafetensorError, OSError):
+        state = json.loads(read_metadata(path)["slimgraph"])["state"]
+        return str(state["map"]["best"]["map"]["file"])
+    except (DataError, LookupError, TypeError):  # it speaks of none
         return None
 
 
-def _digest(told: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(told.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Json:
-    """A value as JSON; its tensors, on the CPU and sharing no memory, go into `tensors` under their places."""
+    """A value as JSON; its tensors, on the CPU and contiguous, go into `tensors` under their places."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[place] = value.detach().cpu().contiguous()
         return {"tensor": place}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
