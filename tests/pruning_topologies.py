@@ -521,6 +521,16 @@ def broadcast_constants(net, x):
     return net.head((net.stem(x) - net.mean) / torch.tensor(0.5) * torch.ones(6, 1, 1))
 
 
+@network(image, stem=conv(3, 8), head=conv(4, 2))
+def every_second_channel(net, x):
+    return net.head(net.stem(x)[:, 1::2])
+
+
+@network(tokens, stem=linear(3, 6), mix=layer(nn.Conv1d, 4, 1, 1), head=linear(6, 2))
+def convolution_across_tokens(net, x):
+    return net.head(relu(net.mix(net.stem(x)).squeeze(1)))
+
+
 @network(image, stem=conv(3, 5), weight=parameter(4, 5, 1, 1), head=conv(4, 2))
 def standardized_weight(net, x):
     weight = F.batch_norm(net.weight.reshape(1, 4, -1), None, None, training=True).reshape(net.weight.shape)
@@ -638,6 +648,34 @@ def attention_cut_in_three(net, x):
 def multi_query(net, x):
     x = net.stem(x)
     return net.out(_joined(_attention(_heads(net.q(x)), net.k(x).unsqueeze(1), net.v(x).unsqueeze(1))))
+
+
+@network(tokens, stem=linear(3, 6), q=linear(6, 6), k=linear(6, 3), v=linear(6, 3), out=linear(6, 2))
+def multi_query_by_broadcast(net, x):
+    x = net.stem(x)
+    k, v = net.k(x).unsqueeze(1), net.v(x).unsqueeze(1)
+    return net.out(_joined(F.scaled_dot_product_attention(_heads(net.q(x)), k, v)))
+
+
+def _rotated(x, net):
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * net.cos + turned * net.sin
+
+
+@network(
+    tokens,
+    stem=linear(3, 6),
+    q=linear(6, 8),
+    k=linear(6, 8),
+    v=linear(6, 6),
+    cos=lambda: torch.linspace(1, -1, 16).view(4, 4),
+    sin=lambda: torch.linspace(-1, 1, 16).view(4, 4),
+    out=linear(6, 2),
+)
+def rotary_pairs(net, x):
+    x = net.stem(x)
+    q, k = (_rotated(_heads(each(x), 4), net) for each in (net.q, net.k))
+    return net.out(_joined(F.scaled_dot_product_attention(q, k, _heads(net.v(x)))))
 
 
 # 4 heads of queries and 2 of keys, of 2
@@ -800,12 +838,23 @@ def weight_norm(net, x):
     return net.head(F.linear(net.stem(x), weight))
 
 
+# A part of a value that is written into: with it, whatever stands beside it is captured in smaller operators
+
+
+@network(image, stem=conv(3, 6), head=conv(6, 2))
+def filled_constant(net, x):
+    x = net.stem(x)
+    mask = torch.zeros_like(x)
+    mask[:, :, 1:3] = 1.0
+    return net.head(x * mask)
+
+
 # Nothing of these can go
 
 
-@network(image, stem=conv(3, 8), head=conv(4, 2))
+@network(image, stem=conv(3, 8), head=conv(3, 2))
 def steps(net, x):
-    return net.head(net.stem(x)[:, ::2])
+    return net.head(net.stem(x)[:, ::3])
 
 
 @network(image, stem=conv(3, 6), head=conv(6, 2))

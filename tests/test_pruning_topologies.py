@@ -288,6 +288,8 @@ GROUPS = {
     ],
     "layer_scale": [Group("scale:0", 6, (1,), "scale:0 shift:1 stem> body> >body >head")],
     "broadcast_constants": [Group("stem.weight:0", 6, (0, 5), "stem> mean:1 >head")],
+    "every_second_channel": [Group("stem.weight:0", 4, (1,), ">head", {"stem>": (0, 1, 4, 5, 6, 7)})],
+    "convolution_across_tokens": [Group("stem.weight:0", 6, (2, 3), "stem> >head")],
     "standardized_weight": [Group("weight:0", 4, (3,), "weight:0 >head")],
     # Embeddings and recurrent layers
     "embedding": [
@@ -409,6 +411,12 @@ GROUPS = {
         Group("q.weight:0#2", 3, (1,), "k>", {"q>": (0, 2, 3, 5)}),
         Group("v.weight:0", 3, (2,), "v>", {">out": (0, 1, 3, 4)}),
     ],
+    "rotary_pairs": [  # pairs of a width of 4
+        STREAM,
+        Group("q.weight:0", 2, (0,), stays={"q> k>": (4, 5, 6, 7), "v> >out": (3, 4, 5)}),
+        Group("q.weight:0#2", 2, (1,), stays={"q> k>": (0, 1, 4, 5), "cos:1 sin:1": (0, 1)}),
+        VALUES,
+    ],
     "grouped_query": [  # query (key, of that key, width)
         STREAM,
         Group("q.weight:0", 2, (0,), stays={"q> >out": (4, 5, 6, 7), "k> v>": (2, 3)}),
@@ -499,9 +507,11 @@ GROUPS = {
         Group("stem.weight:0", 6, (0, 1), "stem> >narrow >head"),
         Group("narrow.weight:0", 4, (2,), "narrow>"),
     ],
+    "filled_constant": [Group("stem.weight:0", 6, (2, 3), "stem> >head")],
 }
 GROUPS["channel_shuffle_by_name"] = GROUPS["channel_shuffle"]
-GROUPS["grouped_query_by_flag"] = GROUPS["grouped_query_of_products"]
+GROUPS["grouped_query_by_flag"] = GROUPS["grouped_query"]
+GROUPS["multi_query_by_broadcast"] = GROUPS["multi_query"]
 GROUPS["relative_positions_as_mask"] = GROUPS["relative_positions"]
 
 NORM_AXES = {
@@ -521,6 +531,7 @@ WHOLE = {
     "layer_norm_of_pictures": {"stem": "norm", "head": "norm"},
     "layer_norm_of_everything": {"stem": "norm", "norm": "norm", "head": "norm"},
     "rms_norm": {"stem": "norm", "head": "norm"},
+    "convolution_across_tokens": {"mix": "input"},
     "standardized_weight": {"stem": "norm"},
     "weight_norm": {"stem": "linalg_vector_norm runs over it"},
     "steps": {"stem": "sliced in steps", "head": "sliced in steps"},

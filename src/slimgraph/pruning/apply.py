@@ -167,7 +167,7 @@ def _pieces(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
 
 
 def _slice(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
-    """The same indices, where they stand now; a slice in steps is of an axis that stays whole."""
+    """The same indices, where they stand now; of a slice in steps whole steps go."""
     given = edit.arguments(node)
     source: Any = node.args[0]
     axis = int(given.get("dim") or 0) % len(kept.traced.axes[source])
@@ -177,6 +177,10 @@ def _slice(kept: Kept, node: fx.Node, twin: fx.Node) -> None:
     size = len(keep)
     start = given.get("start") or 0
     start = min(max(start + size if start < 0 else start, 0), size)
+    if (given.get("step") or 1) > 1:
+        _set(twin, "start", start)
+        _set(twin, "end", int(keep.sum()))
+        return
     part: Any = node.args[1] if node.target is aten.slice_scatter.default else node
     count = kept.traced.values[part].shape[axis]
     first = int(keep[:start].sum())

@@ -24,11 +24,16 @@ def _unify_vectors(trace: Trace, axis: Tree, *vectors: Any) -> None:
             unify(trace.axes(vector)[0], axis)
 
 
-def _spatial(trace: Trace, axes: Sequence[Tree], shape: Sequence[int]) -> Axes:
-    """Axes over which a window slides: those it reads and those it makes are whole."""
-    made: Axes = [Atom(size) for size in shape]
-    for tree in (*axes, *made):
+def _spatial(trace: Trace, axes: Sequence[Tree], shape: Sequence[int], *, alone: Sequence[bool] = ()) -> Axes:
+    """Axes over which a window slides: those it reads and those it makes stay, unless it sees each position alone."""
+    made: Axes = []
+    for place, (tree, size) in enumerate(zip(axes, shape, strict=True)):
+        if alone and alone[place]:
+            made.append(tree)
+            continue
+        made.append(Atom(size))
         pin(tree, "spatial")
+        pin(made[-1], "spatial")
     return made
 
 
@@ -51,8 +56,21 @@ def convolution(trace: Trace, node: fx.Node) -> Axes:
         unify(outer, group)
         channels = weight[0]
     _unify_vectors(trace, channels, given.get("bias"))
-    shape = trace.shape(node)
-    return [*trace.axes(node.args[0])[:lead], channels, *_spatial(trace, x[lead + 1 :], shape[lead + 1 :])]
+    alone = _alone(given, trace.shape(node.args[1])[2:])
+    positions = _spatial(trace, x[lead + 1 :], trace.shape(node)[lead + 1 :], alone=alone)
+    return [*trace.axes(node.args[0])[:lead], channels, *positions]
+
+
+def _alone(given: Mapping[str, Any], kernel: Sequence[int]) -> list[bool]:
+    """Along which of its axes a convolution sees each position alone."""
+
+    def each(value: Any) -> list[Any]:
+        numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+        return numbers * len(kernel) if len(numbers) == 1 else numbers
+
+    padding = given.get("padding", 0)
+    strides, paddings = each(given.get("stride", 1)), each(0 if isinstance(padding, str) else padding)
+    return [sizes == (1, 1, 0) for sizes in zip(kernel, strides, paddings, strict=True)]
 
 
 def transposed_convolution(trace: Trace, node: fx.Node) -> Axes:
@@ -148,25 +166,30 @@ def attention(trace: Trace, node: fx.Node) -> Axes:
     unify(query[-1], key[-1])
     unify(key[-2], value[-2])
     pin(key[-2], "softmax runs over it")
+    batch: Axes = []
     for position, (q, k, v) in enumerate(zip(query[:-2], key[:-2], value[:-2], strict=True)):
-        unify(k, v)
-        if size_of(q) == size_of(k):
-            unify(q, k)
-        elif given.get("enable_gqa") and position == len(query) - 3:  # each head of the keys serves several queries
-            outer, inner = factor_inner(q, size_of(q) // size_of(k))
+        if given.get("enable_gqa") and position == len(query) - 3:  # each head of the keys serves several queries
+            unify(k, v)
+            outer, _ = factor_inner(q, size_of(q) // size_of(k))
             unify(outer, k)
-            pin(inner, "queries that share a key")
+            batch.append(q)
         else:
-            pin(q, "broadcast")
-            pin(k, "broadcast")
+            batch.append(_shared(q, k, v))
     mask = given.get("attn_mask")
-    shape = [*trace.shape(node)[:-2], size_of(query[-2]), size_of(key[-2])]
     if isinstance(mask, fx.Node):
-        scores = [*query[:-1], key[-2]]
+        scores = [*batch, query[-2], key[-2]]
         for offset, tree in enumerate(reversed(trace.axes(mask))):
-            if size_of(tree) == shape[-1 - offset] != 1:
+            if size_of(tree) == size_of(scores[-1 - offset]) != 1:
                 unify(tree, scores[-1 - offset])
-    return [*trace.axes(node.args[0])[:-1], trace.axes(node.args[2])[-1]]
+    return [*batch, query[-2], value[-1]]
+
+
+def _shared(*trees: Tree) -> Tree:
+    """An axis that all operands have that have more than one index there."""
+    long = [tree for tree in trees if size_of(tree) != 1] or trees[:1]
+    for tree in long[1:]:
+        unify(long[0], tree)
+    return long[0]
 
 
 def embedding(trace: Trace, node: fx.Node) -> Axes:

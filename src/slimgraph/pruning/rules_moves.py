@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from slimgraph.pruning.axes import Atom, Tree, concatenation, pin, product, regroup, size_of, split, unify
+from slimgraph.pruning.axes import (
+    Atom,
+    MixedRadixError,
+    Tree,
+    atoms,
+    concatenation,
+    factor_inner,
+    pin,
+    product,
+    regroup,
+    size_of,
+    split,
+    unify,
+)
 from slimgraph.pruning.shuffle import is_loose, shuffle_from, shuffled
 from slimgraph.pruning.trace import Axes, Rule, Trace
 
@@ -157,7 +170,7 @@ def select(trace: Trace, node: fx.Node) -> Axes:
 
 
 def slice_(trace: Trace, node: fx.Node) -> Axes:
-    """A part of an axis; with steps, or between numbers that are computed, the axis stays whole."""
+    """A part of an axis; one index of every few is a factor of it, and otherwise, with steps, the axis stays whole."""
     given = trace.given(node)
     axes, shape = trace.axes(node.args[0]), trace.shape(node)
     axis = int(given.get("dim") or 0) % len(axes)
@@ -168,6 +181,10 @@ def slice_(trace: Trace, node: fx.Node) -> Axes:
     start, step = trace.number(given.get("start")) or 0, trace.number(given.get("step")) or 1
     start = min(max(start + size if start < 0 else start, 0), size)
     literal = not any(isinstance(given.get(name), fx.Node) for name in ("start", "end", "step", "length"))
+    if literal and start < step and count * step == size and (factors := _factors(tree, step)) is not None:
+        pin(factors[1], "sliced in steps")
+        axes[axis] = factors[0]
+        return axes
     if step != 1 or not literal or not count:
         pin(tree, "sliced in steps")
         made = Atom(count)
@@ -177,6 +194,16 @@ def slice_(trace: Trace, node: fx.Node) -> Axes:
     rest = split(tree, start)[1] if start else tree
     axes[axis] = rest if count == size_of(rest) else split(rest, count)[0]
     return axes
+
+
+def _factors(tree: Tree, step: int) -> tuple[Tree, Tree] | None:
+    """An axis as steps, and the indices within a step; None where it is no such product, or has to stay anyhow."""
+    if all(atom.pins for atom in atoms(tree)):
+        return None
+    try:
+        return factor_inner(tree, step)
+    except MixedRadixError:
+        return None
 
 
 def slice_scatter(trace: Trace, node: fx.Node) -> Axes:
