@@ -148,6 +148,13 @@ def test_limit_draws_samples_by_its_seed(numbers):
     assert len(set(drawn(0))) == 4
 
 
+def test_a_number_that_is_no_sample_goes_with_every_part_of_a_batch():
+    batch = Batch({"factor": torch.tensor(2.0), "x": torch.arange(6.0).reshape(3, 2)}, torch.arange(3))
+    assert len(batch) == 3
+    part = batch[1:]
+    assert (len(part), part.inputs["factor"].item(), part.inputs["x"].shape) == (2, 2.0, (2, 2))
+
+
 def test_a_single_array_needs_no_name(tmp_path):
     path = save(tmp_path / "d.npz", whatever=np.ones((3, 4), np.float32))
     source = open_data(path, VECTOR)

@@ -74,11 +74,16 @@ def test_an_unknown_option_is_told_before_data_are_read(algorithm, said, program
         calibrate(prepared, plan_quantization(prepared), iter(()), algorithm, hist_per_cent=0.9)
 
 
-def test_fake_quantizers_are_put_in_once(program, images):
+def test_quantizers_are_put_in_once(program, images):
     prepared = prepare(program)
     plan = calibrate(prepared, plan_quantization(prepared), images)
+    trainee = insert(prepared, plan)
     with pytest.raises(ProgramError, match="has fake quantizers"):
-        insert(insert(prepared, plan), plan)
+        insert(trainee, plan)
+    with pytest.raises(ProgramError, match="Give what `freeze` makes of it"):
+        apply_quantization(trainee, plan)
+    with pytest.raises(ProgramError, match="quantized already"):
+        apply_quantization(apply_quantization(prepared, plan), plan)
 
 
 def test_the_steps_make_a_loop_of_ones_own(program, images):

@@ -26,6 +26,7 @@ from slimgraph.program.scheme import SMALLEST_SCALE, IntScheme, dequantize, quan
 from slimgraph.program.value_range import OUT_THRESHOLD
 from slimgraph.quantization.operators import weight_position
 from slimgraph.quantization.plan import QuantizationPlan, WeightQuantizer
+from slimgraph.quantization.preparation import require_float
 
 aten = torch.ops.aten
 
@@ -94,7 +95,9 @@ def apply_quantization(program: Program, plan: QuantizationPlan) -> Program:
 
     Raises:
         ConfigError: the plan has no ranges yet, or speaks of another program.
+        ProgramError: something in the program is quantized already, or has fake quantizers.
     """
+    require_float(program)
     plan.require_ranges()
     plan.require_values(program.values)
     quantized = program.copy().eval()
