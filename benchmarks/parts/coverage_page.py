@@ -23,9 +23,13 @@ def _lines(ours: dict[str, Result], theirs: dict[str, Result]) -> Iterator[str]:
     both = [name for name in listed if name in ours and name in theirs]
     run = [name for name in listed if name in ours]
     passed = [name for name in run if not failure(ours[name])]
-    yield f"- slimgraph: **{len(passed)} of {len(run)}** pass."
+    exported = [name for name in passed if is_exported(ours[name])]
+    yield (
+        f"- slimgraph: **{len(passed)} of {len(run)}** pass that were run. Of these {len(exported)} were exported too; "
+        f"{len(passed) - len(exported)} have yet to be."
+    )
     work = sum("failure" not in theirs[name] for name in both)
-    yield f"- Torch-Pruning, without hints: **{work} of {len(both)}** pass."
+    yield f"- Torch-Pruning, without hints: **{work} of {len(both)}** pass that it was given."
     without = [runs[0]["left"] for name in passed if len(runs := ours[name]["runs"]) == 1]
     with_norms = [ours[name]["runs"] for name in passed if len(ours[name]["runs"]) == 2]
     held, freed = (_median([runs[axes]["left"] for runs in with_norms]) for axes in (0, 1))
@@ -33,8 +37,6 @@ def _lines(ours: dict[str, Result], theirs: dict[str, Result]) -> Iterator[str]:
         f"- Left of the parameters, at the median: {_median(without):.2f} for the {len(without)} networks that no norm "
         f"holds back; {held:.2f} for the {len(with_norms)} others, and {freed:.2f} with norm axes."
     )
-    if left := [name for name in passed if not is_exported(ours[name])]:
-        yield f"- Not exported yet, of those that pass: {len(left)}."
     if missing := [name for name in listed if name not in ours]:
         yield f"- Not run: {', '.join(missing)}."
     yield ""
