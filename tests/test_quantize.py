@@ -279,6 +279,14 @@ def test_wrong_requests_are_refused_with_the_closest_names(chain):
         plan_quantization(chain, weight_bits=16)
 
 
+def test_calibration_data_may_be_a_specification(chain, images, tmp_path):
+    np.savez(tmp_path / "calib.npz", x=torch.cat(images).numpy())
+    by_name = quantize(chain, calibration=str(tmp_path / "calib.npz")).state_dict()
+    assert all(torch.equal(tensor, by_name[name]) for name, tensor in quantize(chain, calibration=images).state_dict().items())
+    with pytest.raises(CalibrationError, match="a NoneType; give batches"):
+        quantize(chain, calibration=None)
+
+
 def test_a_plan_is_json_and_is_read_back(chain):
     plan = plan_quantization(prepare(chain))
     assert [w["value"] for w in json.loads(plan.to_json())["weights"]] == ["conv1", "conv2", "fc"]
@@ -306,12 +314,6 @@ def test_a_plan_holds_no_range_that_is_none(chain, low, high):
     first = plan.range_owners[0]
     with pytest.raises(ConfigError, match=f"range of '{first}' is {low} … {high}"):
         plan.with_ranges({**ranges, first: (low, high)})
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
-def test_a_plan_holds_no_reach_that_is_none(chain, wrong):
-    with pytest.raises(ConfigError, match="weight of 'fc' reaches"):
-        dataclasses.replace(plan_quantization(prepare(chain)), weight_reach={"fc": (1.0, wrong)})
 
 
 def test_a_reach_has_one_number_for_each_scale():

@@ -79,9 +79,6 @@ class QuantizationPlan:
         for name, (low, high) in self.ranges.items():
             if not (isfinite(low) and isfinite(high) and low <= high):
                 raise ConfigError(f"The range of {name!r} is {low} … {high}; give two finite numbers, the lower first.")
-        for name, reach in self.weight_reach.items():
-            if not (isfinite(sum(reach)) and min(reach, default=0.0) >= 0):
-                raise ConfigError(f"How far the weight of {name!r} reaches is given as what is no finite magnitude.")
 
     def table(self) -> str:
         """The plan as text: a line for each weight, and what stays in float."""
