@@ -33,7 +33,7 @@ def test_the_defaults_quantize_dense_convolutions_and_fully_connected_layers_per
     plan = plan_weights_as_documented(net)
     assert [w.value for w in plan.weights] == ["0", "3"]
     assert {(w.scheme.bits, w.scheme.axis, w.scheme.code_range) for w in plan.weights} == {(8, 0, (-127, 127))}
-    assert plan.kept_float == {"1": "it is not among the operators that were asked for"}
+    assert plan.kept_float == {"1": "it is not among the operators that are quantized here"}
 
 
 def test_abs_max_has_one_scale_and_clips_by_the_threshold(net):

@@ -169,7 +169,7 @@ def test_a_plan_takes_the_bits(chain):
         plan_bits(program, plan, sensitivity, budget_of("bops=1"), activation_bits=(3, 8))
 
 
-@pytest.mark.parametrize("text", ["size", "size=", "size=a", "weight=0.5", "size=0", "size=nan", "=0.3"])
+@pytest.mark.parametrize("text", ["size", "size=", "size=a", "weight=0.5", "size=0", "size=2", "size=nan", "=0.3"])
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(ConfigError, match="budget is"):
         budget_of(text)

@@ -402,6 +402,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(trained, tmp_path):
         ({"target": "onnxrt"}, UnknownNameError, "no target 'onnxrt'. Closest: onnxruntime"),
         ({"skip": ["conv9"]}, UnknownNameError, "conv9"),
         ({"max_drop": -0.1}, ConfigError, "max_drop is -0.1"),
+        ({"max_drop": "a"}, ConfigError, "max_drop is 'a'"),
         ({"max_drop": float("nan")}, ConfigError, "max_drop is nan"),
         ({"threads": 0}, ConfigError, "threads is 0"),
         ({"data": "nowhere.npz"}, DataError, "nowhere.npz"),

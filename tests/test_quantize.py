@@ -280,9 +280,13 @@ def test_wrong_requests_are_refused_with_the_closest_names(chain):
 
 
 def test_calibration_data_may_be_a_specification(chain, images, tmp_path):
-    np.savez(tmp_path / "calib.npz", x=torch.cat(images).numpy())
+    np.savez(
+        tmp_path / "calib.npz", x=torch.cat([x for (x,) in images] if isinstance(images[0], list) else images).numpy()
+    )
     by_name = quantize(chain, calibration=str(tmp_path / "calib.npz")).state_dict()
-    assert all(torch.equal(tensor, by_name[name]) for name, tensor in quantize(chain, calibration=images).state_dict().items())
+    assert all(
+        torch.equal(tensor, by_name[name]) for name, tensor in quantize(chain, calibration=images).state_dict().items()
+    )
     with pytest.raises(CalibrationError, match="a NoneType; give batches"):
         quantize(chain, calibration=None)
 

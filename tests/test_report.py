@@ -70,6 +70,19 @@ def test_a_good_result_is_one_sentence_without_alarms():
     assert (first.tone, first.alarms) == ("good", ())
 
 
+def test_what_the_measurement_cannot_tell_from_equal_is_no_alarm():
+    wide = replace(latency(compressed_ms=17.5), latency_ratio_low=0.96, latency_ratio_high=1.09)
+    first = headline(FLOAT, INT8, accuracy(), wide)
+    assert first.alarms == ("no faster than the original",)
+    assert "equally fast" in first.summary
+
+
+def test_latency_in_another_runtime_than_the_targets_is_told_and_no_alarm():
+    first = headline(FLOAT, INT8, accuracy(), latency(compressed_ms=22.1), made_for="tensorrt")
+    assert (first.tone, first.alarms) == ("caution", ("latency not measured in tensorrt",))
+    assert "1.3× slower in ONNX Runtime on one thread" in first.summary
+
+
 @pytest.mark.parametrize(
     ("metric", "timing", "tone", "text"),
     [
@@ -439,6 +452,7 @@ SCHEMA = {
             "samples": INTEGER,
         }
     ),
+    "made_for": Maybe(TEXT),
     "missing": dict,
 }
 

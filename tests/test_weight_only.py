@@ -133,8 +133,8 @@ def test_operators_tables_and_layers_can_be_left_out(text):
     plan = plan_weights(prepare(text), operators=["mul"], embeddings=False, skip=["head"])
     assert [w.value for w in plan.weights] == ["up", "matmul_0", "tied"]
     assert plan.kept_float == {
-        "table": "it is not among the operators that were asked for",
-        "mix": "it is not among the operators that were asked for",
+        "table": "it is not among the operators that are quantized here",
+        "mix": "it is not among the operators that are quantized here",
         "head": "it was asked to",
     }
 

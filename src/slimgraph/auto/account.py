@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from slimgraph.auto.layers import layer_rows, most_damaged, range_histograms
 from slimgraph.auto.measurements import Measurements
-from slimgraph.auto.notices import count_notices
+from slimgraph.auto.notices import count_notices, made_for
 from slimgraph.deploy.kernels import KernelCount
 from slimgraph.program.count import Count, count
 from slimgraph.program.program import Json, Program
@@ -70,6 +70,7 @@ def report_of(
         ),
         history=after.history,
         notices=(*notices, *count_notices(before_count)),
+        made_for=made_for(quantized.plan.target),
     )
 
 

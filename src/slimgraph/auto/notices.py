@@ -14,7 +14,7 @@ from slimgraph.quantization.plan import QuantizationPlan
 from slimgraph.quantization.post_training import Quantization
 from slimgraph.report.content import Notice
 from slimgraph.report.facts import AccuracyControl, MetricResult, SparedLayer
-from slimgraph.report.headline import SAME_LATENCY, difference_text
+from slimgraph.report.headline import difference_text, is_slower
 from slimgraph.report.words import number, percent, points
 
 _NAMED = 8
@@ -29,12 +29,22 @@ def target_notices(asked: str, target: str) -> Iterator[Notice]:
             text=f"The target is {target}, with 7-bit weights, since this processor sums products of 8-bit numbers in "
             "16 bits, which overflow. To deploy on one with 8-bit dot products (VNNI), compress there.",
         )
-    if not target.startswith(("onnxruntime", "mobile")):
+    if not _is_measured_here(target):
         yield Notice(
             level="notice",
             text=f"The file is made for {target}, but was measured in ONNX Runtime on this machine, which fuses other "
             "operators: expect another latency.",
         )
+
+
+def _is_measured_here(target: str) -> bool:
+    """Whether ONNX Runtime, which latency is measured in, is what serves the target."""
+    return target.startswith(("onnxruntime", "mobile"))
+
+
+def made_for(target: str) -> str | None:
+    """The target, where another runtime than its own is measured."""
+    return None if _is_measured_here(target) else target
 
 
 def capture_notices(history: tuple[HistoryEntry, ...]) -> Iterator[Notice]:
@@ -82,17 +92,19 @@ def speed_notices(plan: QuantizationPlan, kernels: KernelCount, latency: Latency
             text=f"ONNX Runtime runs {len(planned) - len(missing)} of {len(planned)} quantized layers in integers. It "
             f"computes in float: {_listed(missing)}.",
         )
-    if latency.latency_ratio > 1 + SAME_LATENCY and not plan.activations:
+    if made_for(plan.target) is not None:
+        return
+    if is_slower(latency) and not plan.activations:
         yield Notice(
             level="warning",
             text="The model with integer weights is slower here than the float one. They save bytes, and time where "
             "products with large matrices wait for memory; convolutions make floats of theirs at every run.",
         )
-    elif latency.latency_ratio > 1 + SAME_LATENCY:
+    elif is_slower(latency):
         yield Notice(
             level="warning",
-            text="The int8 model is slower here than the float one. `slimgraph doctor` says what this processor can do "
-            "with integers; small or depthwise layers gain least.",
+            text="The compressed model is slower here than the float one. `slimgraph doctor` says what this processor "
+            "can do with integers; small or depthwise layers gain least.",
         )
 
 
@@ -167,8 +179,8 @@ def uncalibrated_notices(quantized: Quantization) -> Iterator[Notice]:
     elif all(found.dynamic for found in plan.activations):
         yield Notice(
             level="notice",
-            text=f"The ranges of {len(plan.activations)} activations are taken when the model runs, of all samples of "
-            "a batch together; nothing was calibrated.",
+            text=f"Ranges are taken when the model runs, of all samples of a batch together ({len(plan.activations)} "
+            "values), so answers depend a little on the size of the batches; nothing was calibrated.",
         )
 
 

@@ -212,7 +212,8 @@ def compress(
     )
     if data is None and unranged is None:
         raise ConfigError(
-            "Ranges are calibrated on data, and none were given. Give some; weights_only and dynamic need none."
+            "Ranges are calibrated on data, and none were given. Give some (data=, --data); weights alone and ranges "
+            "at inference (weights_only, dynamic; --weights-only, --dynamic) need none."
         )
     resolved = resolved_target(target)
     widths = Widths(weights=as_widths(bits), activations=as_widths(activation_bits), budget=as_budget(budget))
@@ -310,9 +311,9 @@ def _check(program: Program, *, metric: str, algorithm: str, max_drop: float, th
     require_quantizable(program)
     find_metric(metric)
     range_algorithm(algorithm)
-    if not (math.isfinite(max_drop) and max_drop >= 0):
+    if not (isinstance(max_drop, (int, float)) and math.isfinite(max_drop) and max_drop >= 0):
         raise ConfigError(
-            f"max_drop is {max_drop}; give 0 or more, in the metric's unit: 0.01 is one point of accuracy."
+            f"max_drop is {max_drop!r}; give 0 or more, in the metric's unit: 0.01 is one point of accuracy."
         )
     if threads < 1:
         raise ConfigError(f"threads is {threads}; give 1 or more.")

@@ -38,8 +38,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(f"The budget is of {self.kind!r}; give one of {', '.join(_KINDS)}.")
-        if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ConfigError(f"The budget is {self.ratio} of the float program's {self.kind}; give more than 0.")
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(
+                f"The budget is {self.ratio:g} of the float program's {self.kind}; give a part, above 0 and up to 1."
+            )
 
     def __str__(self) -> str:
         return f"{self.kind}={self.ratio:g}"

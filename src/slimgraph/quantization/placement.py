@@ -188,7 +188,7 @@ class _Placement:
         if name in self.skipped:
             self.kept_float[name] = self.skipped[name]
         elif not self._is_wanted(node):
-            self.kept_float[name] = "it is not among the operators that were asked for"
+            self.kept_float[name] = "it is not among the operators that are quantized here"
         elif kind not in self.target.anchors:
             self.kept_float[name] = f"{self.target.name} has no integer kernel for a {kind.replace('_', ' ')}"
         elif kind in WEIGHT_AXIS and weight_of(self.program, node) is None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from slimgraph.deploy.targets import Target
+from slimgraph.errors import CalibrationError
 from slimgraph.program.program import Program
 from slimgraph.program.signature import samples_in
 from slimgraph.quantization.apply import apply_quantization
@@ -24,12 +25,13 @@ from slimgraph.quantization.repair import (
     repairs_named,
 )
 from slimgraph.quantization.statistics import ValueStatistics
+from slimgraph.training.data import open_data
 
 
 def quantize(
     program: Program,
     *,
-    calibration: Iterable[Any],
+    calibration: str | Iterable[Any],
     target: str | Target = "onnxruntime",
     algorithm: str = DEFAULT_ALGORITHM,
     skip: Sequence[str] = (),
@@ -45,8 +47,8 @@ def quantize(
 
     Args:
         program: a float program; it stays as it is.
-        calibration: batches of real inputs, without labels, as `Signature.bind` takes them; read once. A few hundred
-            samples are enough.
+        calibration: batches of real inputs, without labels, as `Signature.bind` takes them, or a specification of them
+            (`open_data`); read once. A few hundred samples are enough.
         target: name of the runtime that will run the result (`slimgraph.deploy.targets`), or a `Target`.
             "onnxruntime" becomes "onnxruntime-avx2" on an x86 processor without VNNI; a `Target` stays what it is.
         algorithm: how ranges are chosen: abs_max, min_max, avg, hist, KL, mse, emd or ptf.
@@ -86,12 +88,23 @@ def quantize(
     return quantize_with_record(
         prepared,
         plan,
-        calibration,
+        _batches(program, calibration),
         algorithm=algorithm,
         bias_correction=bias_correction,
         repairs=repairs,
         progress=progress,
     ).program
+
+
+def _batches(program: Program, calibration: str | Iterable[Any]) -> Iterable[Any]:
+    if isinstance(calibration, str):
+        return (batch.inputs for batch in open_data(calibration, program.signature))
+    if not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"The calibration data are a {type(calibration).__name__}; give batches of inputs, or a specification as "
+            "calib.npz."
+        )
+    return calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ def plan_weights(
             and wanted is not None
             and not any(kind in found.kinds and found.only in (None, which) for found in wanted)
         ):
-            kept[name] = "it is not among the operators that were asked for"
+            kept[name] = "it is not among the operators that are quantized here"
         else:
             scheme = _scheme(node, kind, axis, weight[1], IntScheme(bits=bits, symmetric=symmetric, group=None), group)
             weights.append(WeightQuantizer(value=name, weight=weight[0], scheme=scheme, input=None, integer_bias=False))

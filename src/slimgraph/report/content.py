@@ -114,6 +114,8 @@ class Report:
     """None: nothing had to be done, or should be, to keep within the drop that is allowed."""
     losses: LossAccount | None = None
     """None: it was not analyzed."""
+    made_for: str | None = None
+    """The target, where the runtime that latency was measured in is not its own."""
 
     def __post_init__(self) -> None:
         assert self.created.tzinfo is not None
@@ -121,7 +123,7 @@ class Report:
     @property
     def headline(self) -> Headline:
         """The first line."""
-        return headline(self.original, self.compressed, self.metric, self.latency)
+        return headline(self.original, self.compressed, self.metric, self.latency, made_for=self.made_for)
 
     @property
     def size_ratio(self) -> float:

@@ -64,9 +64,19 @@ def size_text(original: ModelFacts, compressed: ModelFacts) -> str:
     return f"{times(1 / ratio)} smaller" if ratio < 1 else f"{times(ratio)} larger"
 
 
+def is_slower(latency: LatencyComparison) -> bool:
+    """Whether the compressed model takes longer, by more than its measurement spreads."""
+    return latency.latency_ratio > 1 and not _is_same(latency)
+
+
+def _is_same(latency: LatencyComparison) -> bool:
+    within = latency.latency_ratio_low <= 1 <= latency.latency_ratio_high
+    return within or abs(latency.latency_ratio - 1) <= SAME_LATENCY
+
+
 def speed_text(latency: LatencyComparison) -> str:
     """Comparison of the two latencies."""
-    if abs(latency.latency_ratio - 1) <= SAME_LATENCY:
+    if _is_same(latency):
         return "equally fast"
     if latency.latency_ratio < 1:
         return f"{times(latency.speedup)} faster"
@@ -99,7 +109,11 @@ def _limit_clause(metric: MetricResult) -> str:
 
 
 def _bad_news(
-    original: ModelFacts, compressed: ModelFacts, metric: MetricResult | None, latency: LatencyComparison | None
+    original: ModelFacts,
+    compressed: ModelFacts,
+    metric: MetricResult | None,
+    latency: LatencyComparison | None,
+    made_for: str | None,
 ) -> list[str]:
     news = []
     if metric is not None and not isfinite(metric.after):
@@ -110,16 +124,18 @@ def _bad_news(
     elif metric is not None and metric.exceeds_max_drop and metric.max_drop is not None:
         what = "agreement" if metric.kind == "agreement" else metric.name
         news.append(f"{what} drops by more than the allowed {difference_text(metric, metric.max_drop)}")
-    if latency is not None and latency.latency_ratio > 1 + SAME_LATENCY:
+    if latency is not None and is_slower(latency) and made_for is None:
         news.append("slower than the original")
     if compressed.size_bytes > original.size_bytes:
         news.append("larger than the original")
     return news
 
 
-def _gaps(metric: MetricResult | None, latency: LatencyComparison | None) -> list[str]:
+def _gaps(metric: MetricResult | None, latency: LatencyComparison | None, made_for: str | None) -> list[str]:
     gaps = []
-    if latency is not None and abs(latency.latency_ratio - 1) <= SAME_LATENCY:
+    if latency is not None and made_for is not None:
+        gaps.append(f"latency not measured in {made_for}")
+    elif latency is not None and _is_same(latency):
         gaps.append("no faster than the original")
     if metric is None:
         gaps.append("accuracy not measured")
@@ -133,14 +149,24 @@ def _gaps(metric: MetricResult | None, latency: LatencyComparison | None) -> lis
 
 
 def headline(
-    original: ModelFacts, compressed: ModelFacts, metric: MetricResult | None, latency: LatencyComparison | None
+    original: ModelFacts,
+    compressed: ModelFacts,
+    metric: MetricResult | None,
+    latency: LatencyComparison | None,
+    *,
+    made_for: str | None = None,
 ) -> Headline:
-    """First line for these measurements; None is what was not measured."""
-    bad, gaps = _bad_news(original, compressed, metric, latency), _gaps(metric, latency)
+    """First line for these measurements; None is what was not measured.
+
+    Args:
+        made_for: the target, where latency was measured in another runtime than its own.
+    """
+    bad, gaps = _bad_news(original, compressed, metric, latency, made_for), _gaps(metric, latency, made_for)
     clauses = [size_text(original, compressed)]
     if metric is not None:
         clauses.insert(0, _metric_clause(metric))
     if latency is not None:
-        clauses.append(f"{speed_text(latency)} on {conditions_text(latency)}")
+        where = "" if made_for is None else " in ONNX Runtime"
+        clauses.append(f"{speed_text(latency)}{where} on {conditions_text(latency)}")
     summary = f"{compressed.label} model: {', '.join(clauses)}{_limit_clause(metric) if metric else ''}"
     return Headline(tone="bad" if bad else "caution" if gaps else "good", alarms=(*bad, *gaps), summary=summary)
