@@ -521,6 +521,11 @@ def broadcast_constants(net, x):
     return net.head((net.stem(x) - net.mean) / torch.tensor(0.5) * torch.ones(6, 1, 1))
 
 
+@network(image, stem=conv(3, 6), head=conv(6, 2))
+def pictures_moved_by_padding(net, x):
+    return net.head(F.pad(net.stem(x), (-1, 1, -1, 1)))
+
+
 @network(image, stem=conv(3, 8), head=conv(4, 2))
 def every_second_channel(net, x):
     return net.head(net.stem(x)[:, 1::2])

@@ -17,7 +17,7 @@ from slimgraph.program.quiet import quiet_export
 from slimgraph.program.signature import Signature, TensorSpec
 
 # Operators that take symbolic sizes in Python only, where torch.export has traced them; all others are slower there.
-_IN_PYTHON = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "addcmul", "addcdiv"})
+_IN_PYTHON = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "addcmul", "addcdiv", "pad", "constant_pad_nd"})
 
 
 def value_shapes(program: Program, sizes: Mapping[str, int] | None = None, batch: int = 1) -> dict[fx.Node, TensorSpec]:
