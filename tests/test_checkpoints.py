@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_program_is_refused(small, loader, tmp_path):
     other = small.copy()
     with torch.no_grad():
         next(other.parameters()).mul_(2)
-    with pytest.raises(ConfigError, match="another program"):
+    with pytest.raises(ConfigError, match="began with another program"):
         fit(other, loader, **OPTIONS, hooks=[Hook()], checkpoints=tmp_path)
 
 
@@ -244,6 +244,21 @@ def test_a_folder_with_checkpoints_is_refused_where_none_is_to_be_resumed(small,
     broken_run(small, loader, tmp_path)
     with pytest.raises(ConfigError, match=r"has checkpoints already \(step-00000008.safetensors\)"):
         fit(small, loader, **OPTIONS, checkpoints=Checkpoints(tmp_path, resume=False))
+
+
+def test_a_checkpoint_with_other_hooks_is_refused(small, loader, tmp_path):
+    broken_run(small, loader, tmp_path)
+    with pytest.raises(ConfigError, match="with 1 hooks, and this one has 2"):
+        fit(small, loader, **OPTIONS, hooks=[Hook(), Hook()], checkpoints=tmp_path)
+
+
+def test_a_state_that_is_no_checkpoint_is_refused(small, loader, tmp_path):
+    write_state(tmp_path / "step-00000001.safetensors", {"step": 1})
+    with pytest.raises(ConfigError, match="lacks batch, epoch"):
+        fit(small, loader, **OPTIONS, checkpoints=tmp_path)
+    write_state(tmp_path / "step-00000002.safetensors", {"best": {"file": "../secret", "step": 1, "value": 0.0}})
+    with pytest.warns(UserWarning, match="'../secret'"), pytest.raises(ConfigError, match="lacks batch"):
+        fit(small, loader, **OPTIONS, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": 0}])

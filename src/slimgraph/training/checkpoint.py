@@ -61,6 +61,8 @@ class Checkpoints:
             try:
                 state = read_state(path)
                 if best := state.get("best"):
+                    if _BEST.fullmatch(best["file"]) is None:
+                        raise DataError(f"{path} names {best['file']!r} as the best state, which is no name of one.")
                     best["tensors"] = read_state(folder / best["file"])["tensors"]
                     self._best = best["file"]
             except DataError as error:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ from slimgraph.training.optim import Groups, OptimizerSpec, ScheduleSpec, make_o
 from slimgraph.training.randomness import own_randomness, random_state, set_random_state
 from slimgraph.training.run import Evaluate, Fitted, Hook, Run
 from slimgraph.training.state import State, state_of
+
+_STATE = frozenset(
+    [
+        "training",
+        "program",
+        "step",
+        "epoch",
+        "batch",
+        "stop",
+        "losses",
+        "evaluations",
+        "model",
+        "optimizer",
+        "schedule",
+        "scaler",
+        "hooks",
+        "random",
+        "epoch_random",
+    ]
+)
+"""What a checkpoint holds, beside the best state."""
 
 
 class _Shell(nn.Module):
@@ -72,7 +94,7 @@ class Engine:
         steps: int | None,
     ) -> Run:
         """A copy of the program on the device, with all that trains it."""
-        self._given = fingerprint(program)
+        self._given = program
         trained = program.copy()
         pairs = zip(_parameters(program), _parameters(trained), strict=True)
         twins: dict[int, Tensor] = {id(old): new for old, new in pairs}
@@ -140,7 +162,7 @@ class Engine:
         run, scaler, best = self.run, self.stepper.scaler, self.run.best
         state = {
             "training": dict(told),
-            "program": self._given,
+            "program": self._begun_with,
             "step": run.step,
             "epoch": run.epoch,
             "batch": run.batch,
@@ -167,13 +189,7 @@ class Engine:
             ConfigError: the checkpoint is of another training.
         """
         run, device = self.run, self.accelerator.device
-        differing = [key for key in told if told[key] != saved["training"].get(key)]
-        if saved["program"] != self._given or differing:
-            what = f"{differing[0]} {saved['training'].get(differing[0])!r}" if differing else "another program"
-            raise ConfigError(
-                f"The checkpoint is of a training with {what}, and this one has "
-                f"{repr(told[differing[0]]) if differing else 'not that one'}. Give another folder for its checkpoints."
-            )
+        self._require_same(saved, told)
         run.step, run.epoch, run.batch, run.stop = saved["step"], saved["epoch"], saved["batch"], saved["stop"]
         run.evaluations[:] = saved["evaluations"]
         self.losses[:] = saved["losses"].tolist()
@@ -195,6 +211,30 @@ class Engine:
             next(batches, None)
         set_random_state(saved["random"], device)
         return batches
+
+    @cached_property
+    def _begun_with(self) -> str:
+        return fingerprint(self._given)
+
+    def _require_same(self, saved: Mapping[str, Any], told: Mapping[str, Json]) -> None:
+        """Return if a checkpoint is of this training."""
+        if missing := _STATE - saved.keys():
+            raise ConfigError(f"The checkpoint lacks {', '.join(sorted(missing))}, so it is of another program.")
+        for key, value in told.items():
+            if value != saved["training"].get(key):
+                raise ConfigError(
+                    f"The checkpoint is of a training with {key} {saved['training'].get(key)!r}, and this one has "
+                    f"{value!r}. Give another folder for its checkpoints."
+                )
+        if saved["program"] != self._begun_with:
+            raise ConfigError(
+                "The checkpoint is of a training that began with another program. Give another folder for this one's."
+            )
+        if len(saved["hooks"]) != len(self.hooks):
+            raise ConfigError(
+                f"The checkpoint is of a training with {len(saved['hooks'])} hooks, and this one has "
+                f"{len(self.hooks)}. Give the same, in the same order."
+            )
 
     @contextmanager
     def interruption_told(self) -> Iterator[None]:
