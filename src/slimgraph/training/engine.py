@@ -27,25 +27,23 @@ from slimgraph.training.randomness import own_randomness, random_state, set_rand
 from slimgraph.training.run import Evaluate, Fitted, Hook, Run
 from slimgraph.training.state import State, state_of
 
-_STATE = frozenset(
-    [
-        "training",
-        "program",
-        "step",
-        "epoch",
-        "batch",
-        "stop",
-        "losses",
-        "evaluations",
-        "model",
-        "optimizer",
-        "schedule",
-        "scaler",
-        "hooks",
-        "random",
-        "epoch_random",
-    ]
-)
+_STATE = {
+    "training",
+    "program",
+    "step",
+    "epoch",
+    "batch",
+    "stop",
+    "losses",
+    "evaluations",
+    "model",
+    "optimizer",
+    "schedule",
+    "scaler",
+    "hooks",
+    "random",
+    "epoch_random",
+}
 """What a checkpoint holds, beside the best state."""
 
 
