@@ -526,6 +526,12 @@ def pictures_moved_by_padding(net, x):
     return net.head(F.pad(net.stem(x), (-1, 1, -1, 1)))
 
 
+@network(image, stem=conv(3, 6), head=conv(6, 2))
+def windows_that_are_cropped(net, x):
+    windows = F.pad(net.stem(x), (0, 2, 0, 2)).reshape(-1, 6, 2, 3, 2, 3)
+    return net.head(relu(windows).reshape(-1, 6, 6, 6)[:, :, :4, :4])
+
+
 @network(image, stem=conv(3, 8), head=conv(4, 2))
 def every_second_channel(net, x):
     return net.head(net.stem(x)[:, 1::2])
@@ -851,6 +857,7 @@ def filled_constant(net, x):
     x = net.stem(x)
     mask = torch.zeros_like(x)
     mask[:, :, 1:3] = 1.0
+    mask[:, :, 2:].zero_()
     return net.head(x * mask)
 
 

@@ -289,6 +289,7 @@ GROUPS = {
     "layer_scale": [Group("scale:0", 6, (1,), "scale:0 shift:1 stem> body> >body >head")],
     "broadcast_constants": [Group("stem.weight:0", 6, (0, 5), "stem> mean:1 >head")],
     "pictures_moved_by_padding": [Group("stem.weight:0", 6, (2, 3), "stem> >head")],
+    "windows_that_are_cropped": [Group("stem.weight:0", 6, (2, 3), "stem> >head")],
     "every_second_channel": [Group("stem.weight:0", 4, (1,), ">head", {"stem>": (0, 1, 4, 5, 6, 7)})],
     "convolution_across_tokens": [Group("stem.weight:0", 6, (2, 3), "stem> >head")],
     "standardized_weight": [Group("weight:0", 4, (3,), "weight:0 >head")],

@@ -169,7 +169,7 @@ _SAME = (
     *("bitwise_not.default", "isnan.default", "isinf.default", "nan_to_num.default", "zeros_like.default"),
     *("ones_like.default", "full_like.default", "type_as.default", "tan.default", "atan.default", "asinh.default"),
     *("sinh.default", "cosh.default", "lift_fresh_copy.default", "lift.default", "native_dropout.default"),
-    *("fill.Scalar", "fill.Tensor"),
+    *("fill.Scalar", "fill.Tensor", "zero.default"),
 )
 _BROADCAST = (
     *("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "div.Tensor_mode", "rsub.Tensor", "maximum.default"),

@@ -185,14 +185,16 @@ def slice_(trace: Trace, node: fx.Node) -> Axes:
         pin(factors[1], "sliced in steps")
         axes[axis] = factors[0]
         return axes
-    if step != 1 or not literal or not count:
-        pin(tree, "sliced in steps")
-        made = Atom(count)
-        pin(made, "sliced in steps")
-        axes[axis] = made
-        return axes
-    rest = split(tree, start)[1] if start else tree
-    axes[axis] = rest if count == size_of(rest) else split(rest, count)[0]
+    if step == 1 and literal and count:
+        try:
+            rest = split(tree, start)[1] if start else tree
+            axes[axis] = rest if count == size_of(rest) else split(rest, count)[0]
+            return axes
+        except MixedRadixError:  # within a window, say: this axis stays, and the others go through
+            pin(tree, "mixed radix")
+    pin(tree, "sliced in steps")
+    axes[axis] = Atom(count)
+    pin(axes[axis], "sliced in steps")
     return axes
 
 
