@@ -38,9 +38,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(f"The budget is of {self.kind!r}; give one of {', '.join(_KINDS)}.")
-        if not 0 < self.ratio <= 1:
+        most = math.inf if self.kind == "latency" else 1  # integers may take longer than floats
+        if not 0 < self.ratio <= most or math.isinf(self.ratio):
+            upto = "" if math.isinf(most) else ", up to 1"
             raise ConfigError(
-                f"The budget is {self.ratio:g} of the float program's {self.kind}; give a part, above 0 and up to 1."
+                f"The budget is {self.ratio:g} of the float program's {self.kind}; give a part above 0{upto}."
             )
 
     def __str__(self) -> str:
