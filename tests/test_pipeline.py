@@ -450,6 +450,13 @@ def test_onnxruntime_is_the_variant_of_this_processor(trained, tmp_path, monkeyp
     assert compress(trained, CALIBRATION, out=tmp_path, dry_run=True, target="tensorrt").target == "tensorrt"
 
 
+def test_for_mobile_runtimes_there_is_the_file_that_they_read(trained, tmp_path):
+    made = compress(trained, CALIBRATION, eval_data=EVALUATION, out=tmp_path / "out", target="mobile")
+    images = torch.rand(3, *trained.signature.inputs[0].shape[1:])
+    ort, onnx_file = (scores_in_onnxruntime(made.files[name], images) for name in ("model.ort", "model.onnx"))
+    np.testing.assert_allclose(ort, onnx_file, atol=1e-5)
+
+
 def test_a_target_that_was_changed_or_is_not_measured_is_told():
     assert list(target_notices("onnxruntime", "onnxruntime")) == []
     assert "7-bit weights" in next(target_notices("onnxruntime", "onnxruntime-avx2")).text

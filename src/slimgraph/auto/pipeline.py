@@ -33,6 +33,7 @@ from slimgraph.auto.result_files import ResultFiles
 from slimgraph.auto.staging import staging
 from slimgraph.auto.uncalibrated import made_up, uncalibrated
 from slimgraph.auto.widths import Widths, as_budget, as_widths
+from slimgraph.deploy.ort import export_ort
 from slimgraph.deploy.runtime import OnnxModel
 from slimgraph.deploy.targets import resolved_target
 from slimgraph.errors import ConfigError
@@ -66,7 +67,7 @@ class Compression:
     plan: QuantizationPlan
     """What was done, with the ranges that were chosen."""
     files: Mapping[str, Path]
-    """By name: `FILES`, and `model.onnx.data` where the weights do not fit into one ONNX file."""
+    """By name: `FILES`, `model.onnx.data` where the weights do not fit into one ONNX file, `model.ort` for "mobile"."""
 
     def __repr__(self) -> str:
         return f"Compression({self.report.headline.text!r}, files={', '.join(map(str, self.files.values()))})"
@@ -275,6 +276,9 @@ def compress(
             quantized, judged, controlled = _controlled(
                 quantized, judged, again, repair if repairs is None and wanted != AUTO else None, files, how, say
             )
+        if resolved.startswith("mobile"):
+            say("Writing the file for mobile runtimes", 0, None)
+            export_ort(folder / "model.onnx", folder / "model.ort", next(iter(calibration)).inputs)
         found = measure(files.reference, files.head, quantized.prepared, quantized.program, how, say, metric=judged)
         losses = losses_of(quantized, calibration, found.comparison, wanted=analyze) if unranged is None else None
         say("Writing the report", 0, None)
