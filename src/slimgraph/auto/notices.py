@@ -29,7 +29,7 @@ def target_notices(asked: str, target: str) -> Iterator[Notice]:
             text=f"The target is {target}, with 7-bit weights, since this processor sums products of 8-bit numbers in "
             "16 bits, which overflow. To deploy on one with 8-bit dot products (VNNI), compress there.",
         )
-    if not _is_measured_here(target):
+    if made_for(target) is not None:
         yield Notice(
             level="notice",
             text=f"The file is made for {target}, but was measured in ONNX Runtime on this machine, which fuses other "
@@ -37,14 +37,9 @@ def target_notices(asked: str, target: str) -> Iterator[Notice]:
         )
 
 
-def _is_measured_here(target: str) -> bool:
-    """Whether ONNX Runtime, which latency is measured in, is what serves the target."""
-    return target.startswith(("onnxruntime", "mobile"))
-
-
 def made_for(target: str) -> str | None:
-    """The target, where another runtime than its own is measured."""
-    return None if _is_measured_here(target) else target
+    """The target, where another runtime serves it than ONNX Runtime, which latency is measured in."""
+    return None if target.startswith(("onnxruntime", "mobile")) else target
 
 
 def capture_notices(history: tuple[HistoryEntry, ...]) -> Iterator[Notice]:

@@ -156,7 +156,7 @@ def _require_order(strategies: Mapping[str, Strategy], instances: Mapping[str, _
 
 
 def _require_windows(strategies: Mapping[str, Strategy], run: Run, instances: Mapping[str, _Instance]) -> None:
-    """Return if every strategy begins within the run, and does not end before it begins."""
+    """Return if every strategy begins within the run."""
     for name, strategy in strategies.items():
         start = getattr(strategy, "start_epoch", 0)
         if not 0 <= start < run.epoch:

@@ -13,7 +13,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructurePruner:
-    """How single parameters are pruned. Names may be patterns: `slimgraph.compressor.patterns`."""
+    """How single parameters are pruned, by name or pattern."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 

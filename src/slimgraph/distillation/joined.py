@@ -84,7 +84,7 @@ class JoinedLoss(nn.Module):
         self.pairs, self.parts = tuple(pairs), dict[str, float]()
         self._ask, self._label_loss, self._label_weight = tuple(ask), label_loss, label_weight
         self._losses = [find_distillation_loss(pair.loss) for pair in pairs]
-        self._outputs = [spec.name for spec in student.signature.outputs]
+        self._signature = student.signature
         self.taps = _taps(student, pairs)
         for pair in pairs:
             if not 0 <= pair.teacher_number < len(ask):
@@ -99,7 +99,7 @@ class JoinedLoss(nn.Module):
             outputs: of the student.
             values: of the student, those in `taps`; none where all pairs are of outputs.
         """
-        known = {**_by_name(outputs, self._outputs), **values}
+        known = {**self._signature.named(outputs), **values}
         said = self._said(known, [ask(batch.inputs) for ask in self._ask], batch.labels)
         if self._label_loss is not None:
             said["labels"] = self._label_weight * self._label_loss(outputs, batch)
@@ -135,7 +135,7 @@ class JoinedLoss(nn.Module):
                 outputs, values = run_with_values(student, example, self.taps)
         finally:
             student.train(was_training)
-        own, asked = {**_by_name(outputs, self._outputs), **values}, [ask(example) for ask in self._ask]
+        own, asked = {**self._signature.named(outputs), **values}, [ask(example) for ask in self._ask]
         for number, pair in enumerate(self.pairs):
             for position, (name, wanted) in enumerate(zip(pair.students, pair.teachers, strict=False)):
                 if pair.adapter:
@@ -162,11 +162,6 @@ def _taps(student: Program, pairs: Sequence[Pair]) -> tuple[str, ...]:
         if name not in values and name not in outputs:
             raise UnknownNameError(f"The student has no value or output {name!r}. {closest(name, [*values, *outputs])}")
     return tuple(name for name in wanted if name in values)
-
-
-def _by_name(outputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    given = (outputs,) if isinstance(outputs, Tensor) else outputs
-    return dict(zip(names, given.values() if isinstance(given, Mapping) else given, strict=True))
 
 
 def _adapter(own: Tensor, wanted: Tensor, pair: Pair) -> nn.Module:

@@ -16,8 +16,8 @@ class Teacher:
     """A frozen copy of a program or module: in evaluation mode, without gradients, on the device of what it is asked.
 
     Args:
-        model: it stays as it is. A module takes the student's inputs in their order, or by name where there are several
-            and it has arguments of these names; its values are named as its submodules, which must return tensors.
+        model: it stays as it is. A module takes the student's inputs in their order; its values are named as its
+            submodules, which must return tensors.
         values: those that are asked for: values of a program, submodules of a module, or outputs.
     Raises:
         UnknownNameError: there is no such value; the message offers the closest.
@@ -50,8 +50,7 @@ class Teacher:
         with torch.no_grad():
             if isinstance(self.model, Program):
                 outputs, values = run_with_values(self.model, _renamed(inputs, self.model), self._taps)
-                names = [spec.name for spec in self.model.signature.outputs]
-                named = dict(zip(names, _flat(outputs), strict=True))
+                named = self.model.signature.named(outputs)
             else:
                 outputs, values = self._run_module(inputs)
                 named = _named(outputs)
@@ -98,12 +97,6 @@ def _renamed(inputs: Mapping[str, Tensor], program: Program) -> Mapping[str, Ten
             f"({', '.join(names)}). Both must take the same."
         )
     return dict(zip(names, inputs.values(), strict=True))
-
-
-def _flat(outputs: Any) -> tuple[Tensor, ...]:
-    if isinstance(outputs, Tensor):
-        return (outputs,)
-    return tuple(outputs.values() if isinstance(outputs, Mapping) else outputs)
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:

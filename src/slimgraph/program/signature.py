@@ -108,6 +108,13 @@ class Signature:
             return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
         return tuple(outputs)
 
+    def named(self, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a call returned, by the names of the outputs; the inverse of `formed`."""
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        given = outputs.values() if isinstance(outputs, Mapping) else outputs
+        return dict(zip((spec.name for spec in self.outputs), given, strict=True))
+
     def bind(self, batch: Any, *, where: str = "The batch") -> dict[str, Tensor]:
         """Tensors of `batch` by input name, checked against the specs.
 
